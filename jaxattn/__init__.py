@@ -1,0 +1,39 @@
+"""Attention for JAX: one meaning, many implementations, from explicit loops to a Pallas kernel."""
+
+from jaxattn.api import attention_weights, dot_product_attention, explain
+from jaxattn.impl.blockwise import Blockwise
+from jaxattn.impl.loops import Loops
+from jaxattn.impl.naive import Naive
+from jaxattn.masks import (
+    Causal,
+    Dense,
+    Dilated,
+    Full,
+    Global,
+    Lengths,
+    Mask,
+    RandomBlocks,
+    SegmentIds,
+    Window,
+)
+from jaxattn.online_softmax import merge
+
+__all__ = [
+    "Blockwise",
+    "Causal",
+    "Dense",
+    "Dilated",
+    "Full",
+    "Global",
+    "Lengths",
+    "Loops",
+    "Mask",
+    "Naive",
+    "RandomBlocks",
+    "SegmentIds",
+    "Window",
+    "attention_weights",
+    "dot_product_attention",
+    "explain",
+    "merge",
+]

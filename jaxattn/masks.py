@@ -1,0 +1,658 @@
+"""The mask algebra: what may be attended, as data.
+
+A mask is a small frozen dataclass with one formula, `allows(t, s)`: may query t attend key s? Masks combine with
+`&`, `|`, `~` and move with `shift`. Python numbers in them are static (equal masks share one compilation), arrays are
+pytree leaves (traced, and free to differ per batch element). The same formula serves every implementation: index
+arrays may be NumPy's, JAX's, or a kernel's own, and arrays that a mask holds are read through `take`, which a kernel
+replaces by its own loads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+EMPTY, PARTIAL, FULL = 0, 1, 2
+
+
+class Span(NamedTuple):
+    """Half-open index ranges [start, stop), one per tile row or column; none is longer than `size`."""
+
+    start: Any
+    stop: Any
+    size: int
+
+
+def gather(array, t=None, s=None):
+    """Reads a mask's array at query indices t and key indices s.
+
+    Args:
+      array: shape [*lead, *indexed]; `lead` is (), [B] or [B, N], `indexed` one axis for each of t, s that is given.
+      t, s: integer arrays broadcastable to [B, N, T, S]; indices outside the array are clipped.
+
+    Returns:
+      The entries, broadcastable to [B, N, T, S].
+    """
+    indices = [i for i in (t, s) if i is not None]
+    lead = array.ndim - len(indices)
+    if not indices:
+        return array.reshape(array.shape + (1,) * (4 - lead)) if lead else array
+    xp = np if isinstance(array, np.ndarray) and all(isinstance(i, np.ndarray) for i in indices) else jnp
+    clipped = [xp.clip(i, 0, n - 1) for i, n in zip(indices, array.shape[lead:], strict=True)]
+    if len(indices) == 2 and all(i.ndim == 2 for i in indices):  # [T, 1] and [1, S]: whole rows, then columns
+        return xp.take(xp.take(array, clipped[0][:, 0], axis=-2), clipped[1][0], axis=-1)
+    leading = [
+        xp.arange(n).reshape((1,) * axis + (n,) + (1,) * (3 - axis))
+        for axis, n in enumerate(array.shape[:lead])
+    ]
+    return array[tuple(leading + clipped)]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Mask:
+    """What may be attended. Subclasses define `allows` and `tile`; `Full()` is the mask that allows everything.
+
+    Example:
+      >>> from jaxattn import Causal, Window
+      >>> print((Causal() & Window(1, None)).show(4, 4))
+      #...
+      ##..
+      .##.
+      ..##
+    """
+
+    def __init_subclass__(cls):
+        jax.tree_util.register_pytree_node(cls, _flatten, lambda aux, leaves: _unflatten(cls, aux, leaves))
+
+    def allows(self, t, s, take: Callable = gather):
+        """May query t attend key s? Boolean, broadcastable to [B, N, T, S].
+
+        Args:
+          t, s: integer arrays broadcastable to [B, N, T, S], usually [T, 1] and [1, S].
+          take: how the arrays that the mask holds are read; see `gather`.
+        """
+        raise NotImplementedError
+
+    def tile(self, t: Span, s: Span):
+        """int8 codes, 0 empty, 1 partial, 2 full, of the tiles t x s, broadcastable to [B, N, q tiles, k tiles].
+
+        Exact for a single mask without arrays. Combinations take the minimum and maximum, which may call an empty or
+        a full tile partial, never otherwise; combinations of masks that depend on t - s alone are exact too.
+        """
+        raise NotImplementedError
+
+    def shift(self, offset) -> Mask:
+        """The mask that treats query t as query t + offset: an int, or an int array of shape [] or [B]."""
+        return Shifted(self, _number(offset, "offset"))
+
+    def check(self, B: int, N: int, T: int | None, S: int) -> None:
+        """Raises ValueError where an array of the mask does not fit [B, N, T, S]; T is None below a shift."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Mask):
+                value.check(B, N, None if isinstance(self, Shifted) else T, S)
+            elif isinstance(value, (np.ndarray, jax.Array)):
+                fitting = self._fitting_shape(field.name, value.ndim, {"B": B, "N": N, "T": T, "S": S})
+                if any(n not in sizes for n, (_, sizes) in zip(value.shape, fitting, strict=True)):
+                    wanted = ", ".join(f"{letter}={sizes[-1]}" for letter, sizes in fitting)
+                    raise ValueError(
+                        f"{type(self).__name__} {field.name} has shape {list(value.shape)}, but must fit [{wanted}]"
+                    )
+
+    def _fitting_shape(
+        self, field: str, ndim: int, size: dict[str, int]
+    ) -> list[tuple[str, tuple[int, ...]]]:
+        """For each axis of an array field, its letter and the lengths it may have; numbers are [] or [B]."""
+        return [("B", (size["B"],))][:ndim]
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the mask holds no arrays, so that it hashes by value and its tiles are known when tracing."""
+        return not jax.tree_util.tree_leaves(self)
+
+    def to_array(self, T: int, S: int):
+        """The mask as a boolean array [T, S], or [B, N, T, S] where its arrays differ per batch element or head."""
+        shape = np.arange(T)[:, None], np.arange(S)[None, :]
+        allowed = self.allows(*(shape if self.is_static else map(jnp.asarray, shape)))
+        xp = np if self.is_static else jnp
+        return xp.broadcast_to(allowed, np.broadcast_shapes(allowed.shape, (T, S)))
+
+    def show(self, T: int, S: int) -> str:
+        """The mask drawn as text, one line per query, `#` where it may attend; the first batch element and head."""
+        allowed = np.asarray(self.to_array(T, S))
+        allowed = allowed.reshape(-1, T, S)[0]
+        return "\n".join("".join("#" if x else "." for x in row) for row in allowed)
+
+    def stats(self, T: int, S: int, block: int | tuple[int, int] = 128) -> dict[str, Any]:
+        """Counts of tiles and of allowed pairs for block (or (block_q, block_k)) tiles.
+
+        Returns:
+          A dict: `empty`, `partial`, `full` (tiles), `density` (allowed pairs / pairs), `visited` (share of tiles),
+          `flops_saved` (1 - visited, the share of matrix-product work that skipping empty tiles saves).
+        """
+        from jaxattn.tiles import tile_codes
+
+        block_q, block_k = (block, block) if isinstance(block, int) else block
+        codes = np.asarray(tile_codes(self, T, S, block_q, block_k))
+        count = {
+            name: int((codes == code).sum()) for name, code in (("empty", 0), ("partial", 1), ("full", 2))
+        }
+        visited = 1 - count["empty"] / codes.size
+        allowed = 0
+        for start in range(0, T, 1024):
+            rows = np.arange(start, min(start + 1024, T))[:, None]
+            tile = self.allows(jnp.asarray(rows), jnp.arange(S)[None, :]) if not self.is_static else None
+            tile = self.allows(rows, np.arange(S)[None, :]) if tile is None else np.asarray(tile)
+            allowed += np.broadcast_to(tile, np.broadcast_shapes(tile.shape, (len(rows), S))).mean() * len(
+                rows
+            )
+        return count | {"density": float(allowed / T), "visited": visited, "flops_saved": 1 - visited}
+
+    def __and__(self, other: Mask) -> Mask:
+        return And(self, other) if isinstance(other, Mask) else NotImplemented
+
+    def __or__(self, other: Mask) -> Mask:
+        return Or(self, other) if isinstance(other, Mask) else NotImplemented
+
+    def __invert__(self) -> Mask:
+        return Not(self)
+
+    def __eq__(self, other) -> bool:
+        if self is other:
+            return True
+        if type(self) is not type(other) or not (self.is_static and other.is_static):
+            return False
+        return _values(self) == _values(other)
+
+    def __hash__(self) -> int:
+        return hash((type(self), _values(self))) if self.is_static else id(self)
+
+
+def _values(mask: Mask) -> tuple:
+    return tuple(getattr(mask, f.name) for f in dataclasses.fields(mask))
+
+
+def _flatten(mask: Mask):
+    fields = [f.name for f in dataclasses.fields(mask)]
+    children = getattr(mask, "_children", None)  # while JAX transforms the tree, values tell nothing
+    if children is None:
+        children = tuple(f for f in fields if isinstance(getattr(mask, f), (Mask, np.ndarray, jax.Array)))
+    static = tuple((f, getattr(mask, f)) for f in fields if f not in children)
+    return [getattr(mask, f) for f in children], (children, static)
+
+
+def _unflatten(cls, aux, values):
+    children, static = aux
+    mask = object.__new__(cls)
+    for name, value in (*static, *zip(children, values, strict=True), ("_children", children)):
+        object.__setattr__(mask, name, value)
+    return mask
+
+
+def _number(value, name: str):
+    """An int stays static, an integer array of shape [] or [B] is a leaf; anything else is an error."""
+    if isinstance(value, (np.ndarray, jax.Array)):
+        if value.ndim > 1 or not jnp.issubdtype(value.dtype, jnp.integer):
+            raise ValueError(
+                f"{name} must be an int or an integer array of shape [] or [B], got {value.dtype}{list(value.shape)}"
+            )
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(
+            f"{name} must be an int or an integer array of shape [] or [B], got {value!r}"
+        ) from None
+
+
+def _read(value, take):
+    return take(value) if isinstance(value, (np.ndarray, jax.Array)) or hasattr(value, "ndim") else value
+
+
+def _code(some, every):
+    return some.astype(np.int8) + every.astype(np.int8)
+
+
+def _broadcast_true(t, s):
+    return (t == t) & (s == s)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Full(Mask):
+    """Everything: true."""
+
+    def allows(self, t, s, take=gather):
+        return _broadcast_true(t, s)
+
+    def tile(self, t, s):
+        every = _broadcast_true(t.start, s.start)
+        return _code(every, every)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Causal(Mask):
+    """s <= t + offset. With offset = S - T the last query sees the last key (bottom-right alignment).
+
+    Args:
+      offset: an int, or an int array of shape [] or [B] (decoding: the number of keys already in the cache).
+    """
+
+    offset: Any = 0
+
+    def __post_init__(self):
+        object.__setattr__(self, "offset", _number(self.offset, "offset"))
+
+    def allows(self, t, s, take=gather):
+        return s <= t + _read(self.offset, take)
+
+    def tile(self, t, s):
+        offset = _read(self.offset, gather)
+        return _code(s.start <= t.stop - 1 + offset, s.stop - 1 <= t.start + offset)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Window(Mask):
+    """t - left <= s <= t + right, both ends included; None leaves that side open.
+
+    Source: Beltagy et al., Longformer (2020), section 3.1, sliding window.
+    """
+
+    left: int | None
+    right: int | None
+
+    def __post_init__(self):
+        for name in ("left", "right"):
+            value = getattr(self, name)
+            if value is not None:
+                if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+                    raise ValueError(f"Window {name}={value!r} must be an int or None")
+                object.__setattr__(self, name, int(value))
+
+    def allows(self, t, s, take=gather):
+        allowed = _broadcast_true(t, s)
+        if self.left is not None:
+            allowed &= s >= t - self.left
+        if self.right is not None:
+            allowed &= s <= t + self.right
+        return allowed
+
+    def tile(self, t, s):
+        if None not in (self.left, self.right) and self.left + self.right < 0:
+            return _code(*[~_broadcast_true(t.start, s.start)] * 2)
+        some = every = _broadcast_true(t.start, s.start)
+        if self.left is not None:
+            some, every = (
+                some & (s.stop - 1 >= t.start - self.left),
+                every & (s.start >= t.stop - 1 - self.left),
+            )
+        if self.right is not None:
+            some, every = (
+                some & (s.start <= t.stop - 1 + self.right),
+                every & (s.stop - 1 <= t.start + self.right),
+            )
+        return _code(some, every)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dilated(Mask):
+    """(t - s) mod stride == 0.
+
+    Source: Child et al., Sparse Transformers (2019), section 4.2, strided attention's second head.
+    """
+
+    stride: int
+
+    def __post_init__(self):
+        if isinstance(self.stride, bool) or not isinstance(self.stride, (int, np.integer)) or self.stride < 1:
+            raise ValueError(f"Dilated stride={self.stride!r} must be an int of at least 1")
+        object.__setattr__(self, "stride", int(self.stride))
+
+    def allows(self, t, s, take=gather):
+        return (t - s) % self.stride == 0
+
+    def tile(self, t, s):
+        low, high = t.start - (s.stop - 1), t.stop - 1 - s.start  # t - s takes every value between
+        some = high // self.stride * self.stride >= low
+        return _code(some, some & ((low == high) | (self.stride == 1)))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Global(Mask):
+    """t in tokens or s in tokens: tokens that attend everything and that everything attends.
+
+    Args:
+      tokens: token positions, or an int n for the first n.
+
+    Source: Beltagy et al., Longformer (2020), section 3.1, global attention.
+    """
+
+    tokens: int | tuple[int, ...]
+
+    def __post_init__(self):
+        tokens = self.tokens
+        try:
+            tokens = range(operator.index(tokens)) if not hasattr(tokens, "__iter__") else tokens
+            tokens = tuple(sorted({operator.index(x) for x in tokens}))
+        except TypeError:
+            raise ValueError(f"Global tokens={self.tokens!r} must be an int or a sequence of ints") from None
+        if tokens and tokens[0] < 0:
+            raise ValueError(f"Global tokens={self.tokens!r} must not be negative")
+        object.__setattr__(self, "tokens", tokens)
+
+    def _runs(self):
+        cuts = [i for i in range(1, len(self.tokens)) if self.tokens[i] != self.tokens[i - 1] + 1]
+        edges = zip([0, *cuts], [*cuts, len(self.tokens)], strict=True)
+        return [(self.tokens[a], self.tokens[b - 1] + 1) for a, b in edges if b > a]
+
+    def allows(self, t, s, take=gather):
+        allowed = ~_broadcast_true(t, s)
+        for start, stop in self._runs():
+            allowed |= ((t >= start) & (t < stop)) | ((s >= start) & (s < stop))
+        return allowed
+
+    def tile(self, t, s):
+        xp = np if isinstance(t.start, np.ndarray) and isinstance(s.start, np.ndarray) else jnp
+        tokens = np.asarray(self.tokens, np.int32)
+        count = [xp.searchsorted(tokens, x.stop) - xp.searchsorted(tokens, x.start) for x in (t, s)]
+        some = (count[0] > 0) | (count[1] > 0)
+        return _code(some, (count[0] == t.stop - t.start) | (count[1] == s.stop - s.start))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RandomBlocks(Mask):
+    """s // block == hash(seed, t // block, r) mod num_blocks for some r < count: random blocks for each query block.
+
+    The draw is a counter-based hash of (seed, query block, r), so any t, s can be asked without a table.
+
+    Args:
+      block: tokens a block.
+      count: draws a query block (two may coincide).
+      num_blocks: the number of key blocks, ceil(S / block).
+      seed: an int.
+
+    Source: Zaheer et al., Big Bird (2020), section 2, random attention; the hash is Wellons' lowbias32 (2018).
+    """
+
+    block: int
+    count: int
+    num_blocks: int
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, least in (("block", 1), ("count", 0), ("num_blocks", 1), ("seed", 0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
+                raise ValueError(f"RandomBlocks {name}={value!r} must be an int of at least {least}")
+            object.__setattr__(self, name, int(value))
+
+    def _drawn(self, query_block, key_block):
+        drawn = ~_broadcast_true(query_block, key_block)
+        for r in range(self.count):
+            x = query_block.astype(np.uint32) * np.uint32(0x9E3779B9) + np.uint32(
+                (self.seed * 0x85EBCA6B + r) % 2**32
+            )
+            for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+                x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
+            x = x ^ (x >> np.uint32(16))
+            drawn |= (x % np.uint32(self.num_blocks)).astype(key_block.dtype) == key_block
+        return drawn
+
+    def allows(self, t, s, take=gather):
+        return self._drawn(t // self.block, s // self.block)
+
+    def tile(self, t, s):
+        if not (isinstance(t.start, np.ndarray) and isinstance(s.start, np.ndarray)):
+            return jnp.full(np.broadcast_shapes(t.start.shape, s.start.shape), PARTIAL, jnp.int8)
+        first = min(0, t.start.min() // self.block)
+        rows = np.arange(first, (t.stop.max() - 1) // self.block + 1)[:, None]
+        drawn = self._drawn(rows, np.arange((s.stop.max() - 1) // self.block + 1)[None, :])
+        area = np.pad(drawn.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+        (i0, i1), (j0, j1) = [
+            (x.start // self.block - o, (x.stop - 1) // self.block + 1 - o) for x, o in ((t, first), (s, 0))
+        ]
+        count = area[i1, j1] - area[i0, j1] - area[i1, j0] + area[i0, j0]
+        return _code(count > 0, count == (i1 - i0) * (j1 - j0))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SegmentIds(Mask):
+    """query[t] == key[s]: attention stays inside a segment (packed documents).
+
+    Args:
+      query: integer array [T] or [B, T].
+      key: integer array [S] or [B, S]; the query's where it is absent (self-attention).
+    """
+
+    query: Any
+    key: Any = None
+
+    def __post_init__(self):
+        for name in ("query", "key"):
+            value = getattr(self, name)
+            value = self.query if value is None else value
+            value = value if isinstance(value, jax.Array) else np.asarray(value)
+            if value.ndim not in (1, 2) or not jnp.issubdtype(value.dtype, jnp.integer):
+                raise ValueError(
+                    f"SegmentIds {name} must be an integer array of shape [length] or [B, length], "
+                    f"got {value.dtype}{list(value.shape)}"
+                )
+            object.__setattr__(self, name, value)
+
+    def _fitting_shape(self, field, ndim, size):
+        letter = "T" if field == "query" else "S"
+        length = _any_length if size[letter] is None else (size[letter],)
+        return [("B", (1, size["B"])), (letter, length)][-ndim:]
+
+    def allows(self, t, s, take=gather):
+        inside = _inside(t, self.query.shape[-1]) & _inside(s, self.key.shape[-1])
+        return (take(self.query, t=t) == take(self.key, s=s)) & inside
+
+    def tile(self, t, s):
+        if max(t.start.ndim, s.start.ndim) > 2:  # shifted by an array: a bound, not a verdict
+            return jnp.full(np.broadcast_shapes(t.start.shape, s.start.shape), PARTIAL, jnp.int8)
+        q_low, q_high = _range_of(self.query, t)
+        k_low, k_high = _range_of(self.key, s)
+        (q_low, q_high), (k_low, k_high) = (
+            [x[..., None, :, None] for x in (q_low, q_high)],
+            [x[..., None, None, :] for x in (k_low, k_high)],
+        )
+        inside = [(x.start >= 0) & (x.stop <= n.shape[-1]) for x, n in ((t, self.query), (s, self.key))]
+        same = (q_low == q_high) & (k_low == k_high) & (q_low == k_low)
+        return _code((q_low <= k_high) & (k_low <= q_high), same & inside[0] & inside[1])
+
+
+class _AnyLength:
+    def __contains__(self, length) -> bool:
+        return True
+
+    def __getitem__(self, index) -> str:
+        return "any"
+
+
+_any_length = _AnyLength()
+
+
+def _inside(index, length: int):
+    return (index >= 0) & (index < length)
+
+
+def _range_of(ids, span: Span):
+    """Smallest and largest id in each range of `span` (one axis of tiles, whichever of its two it is on)."""
+    start, stop = jnp.ravel(span.start), jnp.ravel(span.stop)
+    index = start[:, None] + jnp.arange(span.size)
+    index = jnp.clip(index, 0, jnp.minimum(stop, ids.shape[-1])[:, None] - 1)
+    values = jnp.take(jnp.asarray(ids), index, axis=-1, mode="clip")
+    return values.min(-1), values.max(-1)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Lengths(Mask):
+    """t < query and s < key: padding at the end. None leaves that side open.
+
+    Args:
+      query, key: an int, or an int array of shape [] or [B].
+    """
+
+    query: Any = None
+    key: Any = None
+
+    def __post_init__(self):
+        for name in ("query", "key"):
+            value = getattr(self, name)
+            object.__setattr__(self, name, None if value is None else _number(value, f"Lengths {name}"))
+
+    def allows(self, t, s, take=gather):
+        allowed = _broadcast_true(t, s)
+        if self.query is not None:
+            allowed &= t < _read(self.query, take)
+        if self.key is not None:
+            allowed &= s < _read(self.key, take)
+        return allowed
+
+    def tile(self, t, s):
+        some = every = _broadcast_true(t.start, s.start)
+        for span, length in ((t, self.query), (s, self.key)):
+            if length is not None:
+                length = _read(length, gather)
+                some, every = some & (span.start < length), every & (span.stop <= length)
+        return _code(some, every)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dense(Mask):
+    """array[..., t, s]: any boolean array of 2 to 4 dimensions that broadcasts to [B, N, T, S]."""
+
+    array: Any
+
+    def __post_init__(self):
+        array = self.array if isinstance(self.array, jax.Array) else np.asarray(self.array)
+        if array.dtype != bool or not 2 <= array.ndim <= 4:
+            raise ValueError(
+                f"Dense array must be boolean with 2 to 4 dimensions that broadcast to [B, N, T, S], "
+                f"got {array.dtype}{list(array.shape)}"
+            )
+        if array.ndim == 3:  # [N, T, S], as NumPy broadcasts it
+            array = array[None]
+        object.__setattr__(self, "array", array)
+
+    def _fitting_shape(self, field, ndim, size):
+        return [(x, _any_length if size[x] is None else (1, size[x])) for x in "BNTS"][-ndim:]
+
+    def allows(self, t, s, take=gather):
+        T, S = self.array.shape[-2:]
+        allowed = take(self.array, t=t, s=s)
+        for index, length in ((t, T), (s, S)):
+            if length > 1:  # an axis of length 1 is broadcast
+                allowed &= _inside(index, length)
+        return allowed
+
+    def tile(self, t, s):
+        if max(t.start.ndim, s.start.ndim) > 2:
+            return jnp.full(np.broadcast_shapes(t.start.shape, s.start.shape), PARTIAL, jnp.int8)
+        some = every = jnp.asarray(self.array)
+        for axis, span in ((-2, t), (-1, s)):
+            start, stop = jnp.ravel(span.start)[:, None], jnp.ravel(span.stop)[:, None]
+            index, length = start + jnp.arange(span.size), self.array.shape[axis]
+            beyond, outside = index >= stop, ~_inside(index, length) & (length > 1)
+            index = jnp.clip(index, 0, length - 1)
+            beyond, outside = [x if axis == -1 else x[..., None] for x in (beyond, outside)]
+            some, every = [jnp.take(x, index, axis=axis, mode="clip") for x in (some, every)]
+            over = -1 if axis == -1 else -2
+            some, every = (some & ~beyond & ~outside).any(over), ((every & ~outside) | beyond).all(over)
+        return _code(some, every)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Shifted(Mask):
+    """mask.allows(t + offset, s)."""
+
+    mask: Mask
+    offset: Any
+
+    def allows(self, t, s, take=gather):
+        return self.mask.allows(t + _read(self.offset, take), s, take)
+
+    def tile(self, t, s):
+        offset = _read(self.offset, gather)
+        return self.mask.tile(Span(t.start + offset, t.stop + offset, t.size), s)
+
+
+class _Combination(Mask):
+    """Two masks; tiles of combinations that depend on t - s alone are exact, others bounds."""
+
+    def tile(self, t, s):
+        if (
+            _depends_on_difference(self)
+            and isinstance(t.start, np.ndarray)
+            and isinstance(s.start, np.ndarray)
+        ):
+            return _difference_tile(self, t, s)
+        return self._bound(t, s)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class And(_Combination):
+    """a and b."""
+
+    a: Mask
+    b: Mask
+
+    def allows(self, t, s, take=gather):
+        return self.a.allows(t, s, take) & self.b.allows(t, s, take)
+
+    def _bound(self, t, s):
+        a, b = self.a.tile(t, s), self.b.tile(t, s)
+        return (np if isinstance(a, np.ndarray) and isinstance(b, np.ndarray) else jnp).minimum(a, b)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Or(_Combination):
+    """a or b."""
+
+    a: Mask
+    b: Mask
+
+    def allows(self, t, s, take=gather):
+        return self.a.allows(t, s, take) | self.b.allows(t, s, take)
+
+    def _bound(self, t, s):
+        a, b = self.a.tile(t, s), self.b.tile(t, s)
+        return (np if isinstance(a, np.ndarray) and isinstance(b, np.ndarray) else jnp).maximum(a, b)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Not(Mask):
+    """not mask."""
+
+    mask: Mask
+
+    def allows(self, t, s, take=gather):
+        return ~self.mask.allows(t, s, take)
+
+    def tile(self, t, s):
+        return np.int8(FULL) - self.mask.tile(t, s)
+
+
+def _depends_on_difference(mask: Mask) -> bool:
+    if not mask.is_static:
+        return False
+    if isinstance(mask, (Full, Causal, Window, Dilated)):
+        return True
+    parts = [value for value in _values(mask) if isinstance(value, Mask)]
+    return bool(parts) and all(map(_depends_on_difference, parts))
+
+
+def _difference_tile(mask: Mask, t: Span, s: Span):
+    """Exact codes of a mask of t - s: a tile takes every difference of an interval, so one prefix sum decides."""
+    low, high = t.start - (s.stop - 1), t.stop - 1 - s.start
+    first = int(low.min())
+    allowed = mask.allows(np.arange(first, int(high.max()) + 1), np.zeros(1, np.int64))
+    before = np.concatenate([[0], np.cumsum(allowed)])
+    count = before[high + 1 - first] - before[low - first]
+    return _code(count > 0, count == high - low + 1)
