@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -134,20 +135,14 @@ def explain(
             local_window_size, logits_soft_cap,
         )  # fmt: skip
         asked = _resolve(implementation) if implementation is not None else None
-        candidates = [
-            asked if asked is not None and asked.name == name else _resolve(name) for name in IMPLEMENTATIONS
-        ]
+        candidates = [asked if asked is not None and asked.name == name else _resolve(name) for name in IMPLEMENTATIONS]
         refusals = {candidate.name: candidate.refusal(problem) for candidate in candidates}
         runs = asked.name if asked else next(name for name in _CHOICE if refusals[name] is None)
         for name, refusal in refusals.items():
             if refusal is not None:
                 text = f"cannot run: {refusal}"
             elif name == runs:
-                text = (
-                    "runs: asked for by name"
-                    if asked
-                    else f"runs: the first of {', '.join(_CHOICE)} that can"
-                )
+                text = "runs: asked for by name" if asked else f"runs: the first of {', '.join(_CHOICE)} that can"
             else:
                 text = "could run, when asked for by name"
             lines.append(f"{name:10} {text}")
@@ -276,9 +271,7 @@ def _check(
     elif mask is not None:
         mask = jnp.asarray(mask)
         if mask.dtype != bool:
-            raise ValueError(
-                f"mask must be boolean or a mask object, got {mask.dtype}; an additive mask goes to bias"
-            )
+            raise ValueError(f"mask must be boolean or a mask object, got {mask.dtype}; an additive mask goes to bias")
         parts.append(Dense(_four_dimensions("mask", mask, shape)))
     if is_causal:
         parts.append(Causal())
@@ -327,16 +320,12 @@ def _lengths(name: str, lengths, B):
         return None
     lengths = jnp.asarray(lengths)
     if not jnp.issubdtype(lengths.dtype, jnp.integer) or lengths.shape != (B,):
-        raise ValueError(
-            f"{name} must be an int array of shape [B={B}], got {lengths.dtype}{_shape(lengths)}"
-        )
+        raise ValueError(f"{name} must be an int array of shape [B={B}], got {lengths.dtype}{_shape(lengths)}")
     return lengths
 
 
 def _window(size) -> tuple[int, int]:
     pair = (size, size) if isinstance(size, (int, np.integer)) else tuple(size)
     if len(pair) != 2 or not all(isinstance(x, (int, np.integer)) and x >= 0 for x in pair):
-        raise ValueError(
-            f"local_window_size={size!r} must be an int of at least 0, or a pair (left, right) of them"
-        )
+        raise ValueError(f"local_window_size={size!r} must be an int of at least 0, or a pair (left, right) of them")
     return pair

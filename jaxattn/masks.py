@@ -48,8 +48,7 @@ def gather(array, t=None, s=None):
     if len(indices) == 2 and all(i.ndim == 2 for i in indices):  # [T, 1] and [1, S]: whole rows, then columns
         return xp.take(xp.take(array, clipped[0][:, 0], axis=-2), clipped[1][0], axis=-1)
     leading = [
-        xp.arange(n).reshape((1,) * axis + (n,) + (1,) * (3 - axis))
-        for axis, n in enumerate(array.shape[:lead])
+        xp.arange(n).reshape((1,) * axis + (n,) + (1,) * (3 - axis)) for axis, n in enumerate(array.shape[:lead])
     ]
     return array[tuple(leading + clipped)]
 
@@ -105,9 +104,7 @@ class Mask:
                         f"{type(self).__name__} {field.name} has shape {list(value.shape)}, but must fit [{wanted}]"
                     )
 
-    def _fitting_shape(
-        self, field: str, ndim: int, size: dict[str, int]
-    ) -> list[tuple[str, tuple[int, ...]]]:
+    def _fitting_shape(self, field: str, ndim: int, size: dict[str, int]) -> list[tuple[str, tuple[int, ...]]]:
         """For each axis of an array field, its letter and the lengths it may have; numbers are [] or [B]."""
         return [("B", (size["B"],))][:ndim]
 
@@ -140,18 +137,14 @@ class Mask:
 
         block_q, block_k = (block, block) if isinstance(block, int) else block
         codes = np.asarray(tile_codes(self, T, S, block_q, block_k))
-        count = {
-            name: int((codes == code).sum()) for name, code in (("empty", 0), ("partial", 1), ("full", 2))
-        }
+        count = {name: int((codes == code).sum()) for name, code in (("empty", 0), ("partial", 1), ("full", 2))}
         visited = 1 - count["empty"] / codes.size
         allowed = 0
         for start in range(0, T, 1024):
             rows = np.arange(start, min(start + 1024, T))[:, None]
             tile = self.allows(jnp.asarray(rows), jnp.arange(S)[None, :]) if not self.is_static else None
             tile = self.allows(rows, np.arange(S)[None, :]) if tile is None else np.asarray(tile)
-            allowed += np.broadcast_to(tile, np.broadcast_shapes(tile.shape, (len(rows), S))).mean() * len(
-                rows
-            )
+            allowed += np.broadcast_to(tile, np.broadcast_shapes(tile.shape, (len(rows), S))).mean() * len(rows)
         return count | {"density": float(allowed / T), "visited": visited, "flops_saved": 1 - visited}
 
     def __and__(self, other: Mask) -> Mask:
@@ -206,9 +199,7 @@ def _number(value, name: str):
     try:
         return operator.index(value)
     except TypeError:
-        raise ValueError(
-            f"{name} must be an int or an integer array of shape [] or [B], got {value!r}"
-        ) from None
+        raise ValueError(f"{name} must be an int or an integer array of shape [] or [B], got {value!r}") from None
 
 
 def _read(value, take):
@@ -394,9 +385,7 @@ class RandomBlocks(Mask):
     def _drawn(self, query_block, key_block):
         drawn = ~_broadcast_true(query_block, key_block)
         for r in range(self.count):
-            x = query_block.astype(np.uint32) * np.uint32(0x9E3779B9) + np.uint32(
-                (self.seed * 0x85EBCA6B + r) % 2**32
-            )
+            x = query_block.astype(np.uint32) * np.uint32(0x9E3779B9) + np.uint32((self.seed * 0x85EBCA6B + r) % 2**32)
             for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
                 x = (x ^ (x >> np.uint32(shift))) * np.uint32(factor)
             x = x ^ (x >> np.uint32(16))
@@ -587,11 +576,7 @@ class _Combination(Mask):
     """Two masks; tiles of combinations that depend on t - s alone are exact, others bounds."""
 
     def tile(self, t, s):
-        if (
-            _depends_on_difference(self)
-            and isinstance(t.start, np.ndarray)
-            and isinstance(s.start, np.ndarray)
-        ):
+        if _depends_on_difference(self) and isinstance(t.start, np.ndarray) and isinstance(s.start, np.ndarray):
             return _difference_tile(self, t, s)
         return self._bound(t, s)
 

@@ -54,9 +54,7 @@ def update(state: State, logits, values, weigh=None) -> State:
     Returns:
       The new state.
     """
-    weigh = weigh or (
-        lambda weights, values: jnp.matmul(weights, values, preferred_element_type=state.o.dtype)
-    )
+    weigh = weigh or (lambda weights, values: jnp.matmul(weights, values, preferred_element_type=state.o.dtype))
     m = jnp.maximum(state.m, logits.max(axis=-1))
     alpha = jnp.exp(state.m - finite(m))
     weights = jnp.exp(logits - finite(m)[..., None])
@@ -106,7 +104,5 @@ def merge(out_a, lse_a, out_b, lse_b):
     absent = total == 0
     total = jnp.where(absent, 1, total)
     dtype = weight_a.dtype
-    out = (out_a.astype(dtype) * (weight_a / total)[..., None]) + (
-        out_b.astype(dtype) * (weight_b / total)[..., None]
-    )
+    out = (out_a.astype(dtype) * (weight_a / total)[..., None]) + (out_b.astype(dtype) * (weight_b / total)[..., None])
     return out.astype(out_a.dtype), jnp.where(absent, -jnp.inf, m + jnp.log(total))

@@ -191,9 +191,7 @@ def _row(visits: tiles.Visits, b, k, i):
 
 
 def _add_block(array, j, block):
-    return lax.dynamic_update_index_in_dim(
-        array, lax.dynamic_index_in_dim(array, j, keepdims=False) + block, j, 0
-    )
+    return lax.dynamic_update_index_in_dim(array, lax.dynamic_index_in_dim(array, j, keepdims=False) + block, j, 0)
 
 
 def _pad(array, axis: int, length: int, fill):

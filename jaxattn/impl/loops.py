@@ -32,9 +32,7 @@ class Loops(Implementation):
         B, T, S, N, K, G = problem.sizes
         dtype = accumulator_dtype(problem.query.dtype)
         query, key, value = (x.astype(dtype) for x in (problem.query, problem.key, problem.value))
-        allowed = jnp.broadcast_to(
-            problem.mask.allows(jnp.arange(T)[:, None], jnp.arange(S)[None, :]), (B, N, T, S)
-        )
+        allowed = jnp.broadcast_to(problem.mask.allows(jnp.arange(T)[:, None], jnp.arange(S)[None, :]), (B, N, T, S))
         bias = None if problem.bias is None else jnp.broadcast_to(problem.bias.astype(dtype), (B, N, T, S))
 
         outputs, lses = [], []
