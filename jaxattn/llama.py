@@ -1,0 +1,340 @@
+"""Llama checkpoints without torch: the configuration, the table of names, and loading.
+
+Hugging Face folders (`config.json` in both of its shapes, safetensors in one file or sharded) are read here;
+a mapping from Hugging Face's names to arrays is the meeting point with every other format, which
+`oracle.checkpoint` reads.
+
+Design fact: one table says which tensor becomes which parameter, as axes: "(N H) D -> D N H". Expected
+shapes, checks, conversion and its inverse all follow from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from safetensors import SafetensorError, safe_open
+
+from jaxattn import nn, rope
+
+_ATTENTION = {
+    "q_proj.weight": ("wq", "(N H) D -> D N H"),
+    "k_proj.weight": ("wk", "(K H) D -> D K H"),
+    "v_proj.weight": ("wv", "(K H) D -> D K H"),
+    "o_proj.weight": ("wo", "D (N H) -> N H D"),
+}
+_ATTENTION_BIAS = {
+    "q_proj.bias": ("bq", "(N H) -> N H"),
+    "k_proj.bias": ("bk", "(K H) -> K H"),
+    "v_proj.bias": ("bv", "(K H) -> K H"),
+    "o_proj.bias": ("bo", "D -> D"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """The sizes and rules of a Llama model, in this library's letters.
+
+    Args:
+      vocab_size: V. d_model: D. d_mlp: F. n_layers: number of blocks.
+      n_heads: N. n_kv_heads: K. head_dim: H; H * N may differ from D.
+      rope: rotation of queries and keys. rms_eps: added to the mean square in RMSNorm.
+      max_length: positions the model was made for.
+      tied_embeddings: the output projection is the embedding. attention_bias, mlp_bias: biases on all
+      projections. eos_ids: tokens that end a generation. dtype: of the stored weights.
+
+    Raises: ValueError where N is no multiple of K.
+    """
+
+    vocab_size: int
+    d_model: int
+    d_mlp: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    rope: rope.RopeConfig
+    rms_eps: float = 1e-5
+    max_length: int = 131072
+    tied_embeddings: bool = True
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    eos_ids: tuple[int, ...] = ()
+    dtype: str = "bfloat16"
+
+    def __post_init__(self):
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_heads={self.n_heads} must be a multiple of n_kv_heads={self.n_kv_heads}")
+
+    @classmethod
+    def from_hf(cls, config: Mapping) -> LlamaConfig:
+        """From a parsed `config.json` of Hugging Face, old shape (`rope_theta`, `rope_scaling`) or new
+        (`rope_parameters`).
+
+        Raises: ValueError for another model type or activation, a missing size, a partial rotary factor
+        (which
+          transformers' Llama ignores), or an unknown RoPE rule.
+
+        >>> sizes = dict(vocab_size=9, hidden_size=8, intermediate_size=16, num_hidden_layers=1)
+        >>> LlamaConfig.from_hf(sizes | {"num_attention_heads": 2, "rope_theta": 5e5}).head_dim
+        4
+        """
+        kind, activation = config.get("model_type", "llama"), config.get("hidden_act", "silu")
+        if kind != "llama" or activation != "silu":
+            raise ValueError(f"model_type={kind!r}, hidden_act={activation!r} must be 'llama' and 'silu'")
+        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        missing = [name for name in names if config.get(name) is None]
+        if missing:
+            raise ValueError(f"config.json lacks {', '.join(missing)}")
+        V, D, F, layers, N = (int(config[name]) for name in names)
+        rotation = rope.from_hf(config)
+        if rotation.rotary_dim != rotation.head_dim:
+            raise ValueError(
+                f"the config rotates {rotation.rotary_dim} of {rotation.head_dim} dimensions, but transformers' "
+                f"Llama ignores partial_rotary_factor; remove it, or build an nn.Attention with this RopeConfig"
+            )
+        eos = config.get("eos_token_id")
+        return cls(
+            vocab_size=V,
+            d_model=D,
+            d_mlp=F,
+            n_layers=layers,
+            n_heads=N,
+            n_kv_heads=config.get("num_key_value_heads") or N,
+            head_dim=config.get("head_dim") or D // N,
+            rope=rotation,
+            rms_eps=float(config.get("rms_norm_eps", 1e-6)),
+            max_length=int(config.get("max_position_embeddings", 2048)),
+            tied_embeddings=bool(config.get("tie_word_embeddings", False)),
+            attention_bias=bool(config.get("attention_bias", False)),
+            mlp_bias=bool(config.get("mlp_bias", False)),
+            eos_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
+            dtype=str(config.get("dtype") or config.get("torch_dtype") or "float32"),
+        )
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> LlamaConfig:
+        """From the `config.json` in a folder.
+
+        Raises: FileNotFoundError where there is none; ValueError where it is no JSON object, and as
+        `from_hf`.
+        """
+        return cls.from_hf(_read_json(Path(folder) / "config.json"))
+
+    def size(self, letter: str) -> int:
+        """The length of an axis by its letter: V, D, F, N, K or H."""
+        sizes = dict(
+            V=self.vocab_size,
+            D=self.d_model,
+            F=self.d_mlp,
+            N=self.n_heads,
+            K=self.n_kv_heads,
+            H=self.head_dim,
+        )
+        return sizes[letter]
+
+
+def attention_table(config: LlamaConfig) -> dict[str, tuple[str, str]]:
+    """Hugging Face's names in one attention layer -> (parameter of `nn.Attention`, axes "theirs -> ours").
+
+    >>> attention_table(LLAMA_3_2_1B)["k_proj.weight"]
+    ('wk', '(K H) D -> D K H')
+    """
+    return _ATTENTION | (_ATTENTION_BIAS if config.attention_bias else {})
+
+
+def load_attention(
+    config: LlamaConfig,
+    tensors: Mapping[str, np.ndarray],
+    *,
+    prefix: str = "",
+    freqs: rope.Frequencies | None = None,
+    implementation: Any = None,
+    dtype: Any = None,
+    param_dtype: Any = None,
+) -> nn.Attention:
+    """One attention layer with a checkpoint's weights.
+
+    Args:
+      config: sizes, biases, RoPE.
+      tensors: Hugging Face's names -> arrays ("q_proj.weight" [N*H, D], ...), perhaps among many others.
+      prefix: stands before each name, as "model.layers.0.self_attn.".
+      freqs: frequencies to use instead of those of `config.rope`.
+      implementation, dtype: as in `nn.Attention`. param_dtype: of the parameters; None keeps each tensor's.
+
+    Returns: an `nn.Attention`.
+    Raises: ValueError that lists every missing, extra (under the prefix) or misshaped tensor.
+
+    >>> rows = {"q_proj": 2048, "k_proj": 512, "v_proj": 512, "o_proj": 2048}
+    >>> tensors = {f"{name}.weight": np.zeros((n, 2048), np.float32) for name, n in rows.items()}
+    >>> layer = load_attention(LLAMA_3_2_1B, tensors)
+    >>> layer.wk.shape
+    (2048, 8, 64)
+    """
+    table = attention_table(config)
+    inside = {name: tensors[name] for name in tensors if name.startswith(prefix)} if prefix else tensors
+    check_tensors({prefix + name: axes for name, (_, axes) in table.items()}, inside, config)
+    layer = nnx.eval_shape(
+        lambda: nn.Attention(
+            config.d_model,
+            config.n_heads,
+            n_kv_heads=config.n_kv_heads,
+            head_dim=config.head_dim,
+            rope=config.rope if freqs is None else freqs,
+            qkv_bias=config.attention_bias,
+            out_bias=config.attention_bias,
+            implementation=implementation,
+            dtype=dtype,
+            rngs=nnx.Rngs(0),
+        )
+    )
+    for name, (parameter, axes) in table.items():
+        array = jnp.asarray(convert(tensors[prefix + name], axes, config))
+        setattr(layer, parameter, nnx.Param(array if param_dtype is None else array.astype(param_dtype)))
+    return layer
+
+
+def convert(array: np.ndarray, axes: str, config: LlamaConfig, *, inverse: bool = False) -> np.ndarray:
+    """Bring a tensor from Hugging Face's axes to ours, or back.
+
+    Args: array: their tensor (with `inverse`: ours). axes: such as "(N H) D -> D N H". config: the axes'
+    lengths.
+    Returns: a view or copy with the same values and dtype.
+
+    >>> convert(np.zeros((512, 2048)), "(K H) D -> D K H", LLAMA_3_2_1B).shape
+    (2048, 8, 64)
+    """
+    theirs, ours = (side.split() for side in axes.split("->"))
+    split = [letter.strip("()") for letter in theirs]
+    order = [split.index(letter) for letter in ours]
+    if inverse:
+        return array.transpose(np.argsort(order)).reshape(shape_of(axes, config))
+    return array.reshape([config.size(letter) for letter in split]).transpose(order)
+
+
+def shape_of(axes: str, config: LlamaConfig) -> tuple[int, ...]:
+    """The shape of Hugging Face's tensor: the left side of `axes`.
+
+    >>> shape_of("(K H) D -> D K H", LLAMA_3_2_1B)
+    (512, 2048)
+    """
+    shape, inside = [], False
+    for letter in axes.split("->")[0].split():
+        size = config.size(letter.strip("()"))
+        if inside:
+            shape[-1] *= size
+        else:
+            shape.append(size)
+        inside = (inside or letter.startswith("(")) and not letter.endswith(")")
+    return tuple(shape)
+
+
+def check_tensors(expected: Mapping[str, str], tensors: Mapping[str, Any], config: LlamaConfig) -> None:
+    """Compare names and shapes with what a model needs.
+
+    Args: expected: name -> axes. tensors: name -> anything with a shape.
+    Raises: ValueError that lists every missing, extra and misshaped tensor.
+
+    >>> check_tensors({"a": "D -> D"}, {"a": np.zeros(3), "b": np.zeros(1)}, LLAMA_3_2_1B)
+    Traceback (most recent call last):
+    ValueError: the tensors do not fit the configuration:
+      extra: b (1,)
+      misshaped: a (3,), should be (2048,)
+    """
+    shapes = {name: shape_of(axes, config) for name, axes in expected.items()}
+    problems = [f"missing: {name} {shape}" for name, shape in shapes.items() if name not in tensors]
+    problems += [f"extra: {name} {tuple(tensors[name].shape)}" for name in tensors if name not in shapes]
+    for name, shape in shapes.items():
+        if name in tensors and tuple(tensors[name].shape) != shape:
+            problems.append(f"misshaped: {name} {tuple(tensors[name].shape)}, should be {shape}")
+    if problems:
+        raise ValueError("the tensors do not fit the configuration:\n  " + "\n  ".join(problems))
+
+
+class Safetensors(Mapping[str, np.ndarray]):
+    """The tensors of a Hugging Face folder, read one at a time: `model.safetensors`, or shards with an index.
+
+    Every header is read and checked when this is made; a tensor's data only when it is asked for. bfloat16 is
+    ml_dtypes' dtype.
+
+    Args: folder: holds `model.safetensors` or `model.safetensors.index.json`.
+
+    Raises:
+      FileNotFoundError: where there is neither, or a shard is missing.
+      ValueError: for a broken or lying header, an index that does not match the shards, or a shard outside
+      of the
+        folder.
+    """
+
+    def __init__(self, folder: str | Path):
+        folder = Path(folder)
+        single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+        if single.is_file():
+            self._file_of = dict.fromkeys(_tensor_names(single), single)
+        elif index.is_file():
+            self._file_of = _read_index(index)
+        else:
+            raise FileNotFoundError(f"{folder} holds neither {single.name} nor {index.name}")
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        with safe_open(self._file_of[name], "np") as file:
+            return file.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._file_of)
+
+    def __len__(self) -> int:
+        return len(self._file_of)
+
+
+def _tensor_names(path: Path) -> list[str]:
+    try:
+        with safe_open(path, "np") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is no sound safetensors file: {error}") from error
+
+
+def _read_index(path: Path) -> dict[str, Path]:
+    files = _read_json(path).get("weight_map")
+    if not isinstance(files, dict) or not files or not all(isinstance(x, str) for x in files.values()):
+        raise ValueError(f"{path} has no weight_map of tensor names to file names")
+    outside = sorted({x for x in files.values() if Path(x).name != x or not x.endswith(".safetensors")})
+    if outside:
+        raise ValueError(f"{path} names files that are no .safetensors beside it: {outside}")
+    missing = sorted({x for x in files.values() if not (path.parent / x).is_file()})
+    if missing:
+        raise FileNotFoundError(f"{path} names shards that are missing: {missing}")
+    held = {name: path.parent / x for x in sorted(set(files.values())) for name in _tensor_names(path.parent / x)}
+    wrong = sorted(name for name in files.keys() | held.keys() if held.get(name) != path.parent / files.get(name, ""))
+    if wrong:
+        raise ValueError(f"{path} and its shards disagree about where these tensors are: {wrong[:10]}")
+    return held
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")
+    return content
+
+
+LLAMA_3_2_1B = LlamaConfig(
+    vocab_size=128256,
+    d_model=2048,
+    d_mlp=8192,
+    n_layers=16,
+    n_heads=32,
+    n_kv_heads=8,
+    head_dim=64,
+    rope=rope.RopeConfig(64, theta=500000.0, scaling=rope.Llama3(32.0, 1.0, 4.0, 8192)),
+)

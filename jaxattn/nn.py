@@ -1,0 +1,260 @@
+"""Layers as Flax NNX modules: one configurable attention layer, of which Llama's is a configuration.
+
+Shapes: B batch, T queries, S keys, N query heads, K key/value heads, H head dim, U value head dim, D model.
+
+Design fact: a KV cache is a value, not module state. `layer(x, cache=cache)` returns the next cache, every
+shape in it is static, and one compiled prefill and one compiled decode step serve a whole generation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jaxattn import api
+from jaxattn import rope as rope_
+from jaxattn.masks import Causal, Lengths, Mask
+
+Initializer = jax.nn.initializers.Initializer
+_FAN_IN = jax.nn.initializers.lecun_normal
+_CAUSAL = Causal()
+
+
+class Stages(NamedTuple):
+    """Everything an attention layer computes, in order; log_sum_exp is None where it was not asked for."""
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    rotated_query: jax.Array
+    rotated_key: jax.Array
+    log_sum_exp: jax.Array | None
+    context: jax.Array
+    output: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys (rotated) and values of the tokens so far, in slots that every batch element fills in step.
+
+    Args:
+      key: [B, slots, K, H]. value: [B, slots, K, U].
+      length: int32 [], slots in use.
+      start: int32 [B], the first slot that holds a token: left padding lies before it.
+    """
+
+    key: jax.Array
+    value: jax.Array
+    length: jax.Array
+    start: jax.Array
+
+    def positions(self, T: int) -> jax.Array:
+        """Positions [B, T] of the next T tokens, counted from each element's first token."""
+        return self.length + jnp.arange(T) - self.start[:, None]
+
+    def visible(self, mask: Mask, T: int) -> Mask:
+        """What the next T queries may attend among the slots: `mask`, without free slots and left padding."""
+        return mask.shift(self.length) & Lengths(key=self.length + T) & ~Lengths(key=self.start)
+
+    def append(self, key: jax.Array, value: jax.Array) -> KVCache:
+        """The cache with T more slots filled, from `length` on; the caller sees to it that they fit."""
+        at = (0, self.length, 0, 0)
+        return KVCache(
+            jax.lax.dynamic_update_slice(self.key, key.astype(self.key.dtype), at),
+            jax.lax.dynamic_update_slice(self.value, value.astype(self.value.dtype), at),
+            self.length + key.shape[1],
+            self.start,
+        )
+
+
+class Attention(nnx.Module):
+    """Multi-head attention over x: project, rotate, attend, project back.
+
+        q = x wq + bq,  k = x wk + bk,  v = x wv + bv      (einsum btd,dnh->btnh)
+        context = dot_product_attention(rotate(q), rotate(k), v, mask)
+        output = context wo + bo                           (einsum btnu,nud->btd)
+
+    Args:
+      d_model: D, width of input and output.
+      n_heads: N. n_kv_heads: K, a divisor of N; None means N (MHA), 1 is MQA.
+      head_dim: H; None means D / N. H * N may differ from D.
+      value_dim: U; None means H.
+      rope: how queries and keys are rotated; None leaves them.
+      mask: what may be attended, without arrays; `Causal()` by default. A call can narrow it further.
+      qkv_bias, out_bias: whether the projections have biases (zero at first).
+      scale: of the logits; None means 1 / sqrt(H). logits_soft_cap: as in `dot_product_attention`.
+      implementation: as in `dot_product_attention`.
+      dtype: of the computation; None means that of x. param_dtype: of the stored parameters.
+      kernel_init: LeCun normal (variance 1 / fan-in) by default.
+      rngs: `nnx.Rngs` with a `params` stream.
+
+    Raises:
+      ValueError: where sizes do not fit, or `mask` holds arrays.
+
+    Source: Vaswani et al., arXiv:1706.03762, section 3.2.2; Ainslie et al. (GQA), arXiv:2305.13245, section
+    2.2.
+
+    >>> layer = Attention(32, 4, n_kv_heads=2, rope=rope_.RopeConfig(8), rngs=nnx.Rngs(0))
+    >>> layer(jnp.ones((1, 5, 32))).shape
+    (1, 5, 32)
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        n_heads: int,
+        *,
+        n_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        value_dim: int | None = None,
+        rope: rope_.RopeConfig | rope_.Frequencies | None = None,
+        mask: Mask = _CAUSAL,
+        qkv_bias: bool = False,
+        out_bias: bool = False,
+        scale: float | None = None,
+        logits_soft_cap: float | None = None,
+        implementation: Any = None,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        kernel_init: Initializer | None = None,
+        rngs: nnx.Rngs,
+    ):
+        N, K = n_heads, n_heads if n_kv_heads is None else n_kv_heads
+        if head_dim is None and d_model % N:
+            raise ValueError(f"d_model={d_model} must be a multiple of n_heads={N}, or head_dim be given")
+        H = d_model // N if head_dim is None else head_dim
+        U = H if value_dim is None else value_dim
+        if N % K:
+            raise ValueError(f"n_heads={N} must be a multiple of n_kv_heads={K}")
+        if not mask.is_static:
+            raise ValueError("a layer's own mask must hold no arrays; pass such a mask to the call")
+        if isinstance(rope, rope_.RopeConfig):
+            if rope.head_dim != H:
+                raise ValueError(f"rope.head_dim={rope.head_dim} must be the layer's head_dim={H}")
+            rope = rope_.frequencies(rope)
+        self.rope = rope
+        self.mask, self.scale, self.logits_soft_cap = mask, scale, logits_soft_cap
+        self.implementation, self.dtype = implementation, dtype
+
+        def kernel(shape, in_axis, out_axis):
+            init = _FAN_IN(in_axis=in_axis, out_axis=out_axis) if kernel_init is None else kernel_init
+            return nnx.Param(init(rngs.params(), shape, param_dtype))
+
+        self.wq = kernel((d_model, N, H), 0, (1, 2))
+        self.wk = kernel((d_model, K, H), 0, (1, 2))
+        self.wv = kernel((d_model, K, U), 0, (1, 2))
+        self.wo = kernel((N, U, d_model), (0, 1), 2)
+        self.bq = nnx.Param(jnp.zeros((N, H), param_dtype)) if qkv_bias else None
+        self.bk = nnx.Param(jnp.zeros((K, H), param_dtype)) if qkv_bias else None
+        self.bv = nnx.Param(jnp.zeros((K, U), param_dtype)) if qkv_bias else None
+        self.bo = nnx.Param(jnp.zeros((d_model,), param_dtype)) if out_bias else None
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        mask: Mask | None = None,
+        cache: KVCache | None = None,
+    ):
+        """Attend among the tokens of x, or, with a cache, among those before them too.
+
+        Args:
+          x: [B, T, D], or [T, D] without a cache.
+          positions: int [T] or [B, T] for the rotation; None counts from 0, or on from the cache.
+          mask: narrows the layer's own mask; with a cache, in terms of slots.
+          cache: from `init_cache` or an earlier call.
+
+        Returns: [B, T, D] in the computation's dtype; with a cache the pair (output, next cache).
+        """
+        if cache is None:
+            return self.stages(x, positions=positions, mask=mask).output
+        T = x.shape[-2]
+        query, key, value = self.project(x)
+        positions = cache.positions(T) if positions is None else positions
+        query, key = self.rotate(query, positions), self.rotate(key, positions)
+        cache_mask = cache.visible(self._mask(mask), T)
+        cache = cache.append(key, value)
+        context = self.attend(query, cache.key.astype(key.dtype), cache.value.astype(value.dtype), cache_mask)
+        return self.combine(context), cache
+
+    def stages(
+        self,
+        x: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        mask: Mask | None = None,
+        residual: bool = False,
+    ) -> Stages:
+        """What `layer(x)` computes, every stage of it; `residual` asks for the log-sum-exp too.
+
+        Args: as for the call, without a cache.
+        Returns: `Stages`, heads as [B, T, N, H].
+        """
+        query, key, value = self.project(x)
+        positions = jnp.arange(x.shape[-2]) if positions is None else positions
+        rotated_query, rotated_key = self.rotate(query, positions), self.rotate(key, positions)
+        attended = self.attend(rotated_query, rotated_key, value, self._mask(mask), residual=residual)
+        context, lse = attended if residual else (attended, None)
+        return Stages(query, key, value, rotated_query, rotated_key, lse, context, self.combine(context))
+
+    def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x [..., T, D] -> query [..., T, N, H], key [..., T, K, H], value [..., T, K, U]."""
+        pairs = ((self.wq, self.bq), (self.wk, self.bk), (self.wv, self.bv))
+        return tuple(_linear("...d,dnh->...nh", x, w, b, self.dtype) for w, b in pairs)
+
+    def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        """Rotate queries or keys [..., T, N, H] by their positions; as they are where the layer has no
+        RoPE."""
+        return x if self.rope is None else rope_.rotate(x, positions, self.rope)
+
+    def attend(self, query, key, value, mask: Mask, *, residual: bool = False):
+        """The context [..., T, N, U]; with `residual` a pair with the log-sum-exp [..., T, N]."""
+        return api.dot_product_attention(
+            query,
+            key,
+            value,
+            mask=mask,
+            scale=self.scale,
+            logits_soft_cap=self.logits_soft_cap,
+            implementation=self.implementation,
+            return_residual=residual,
+        )
+
+    def combine(self, context: jax.Array) -> jax.Array:
+        """context [..., T, N, U] -> output [..., T, D]."""
+        return _linear("...nu,nud->...d", context, self.wo, self.bo, self.dtype)
+
+    def init_cache(self, batch: int, slots: int, *, dtype: Any = None, start: jax.Array | None = None) -> KVCache:
+        """An empty cache of `slots` slots; dtype None means the layer's, `start` [B] is the amount of left
+        padding.
+
+        >>> layer = Attention(32, 4, n_kv_heads=2, rngs=nnx.Rngs(0))
+        >>> y, cache = layer(jnp.ones((1, 3, 32)), cache=layer.init_cache(1, slots=8))
+        >>> y, cache = layer(jnp.ones((1, 1, 32)), cache=cache)
+        >>> y.shape, int(cache.length)
+        ((1, 1, 32), 4)
+        """
+        _, K, H = self.wk.shape
+        dtype = dtype or self.dtype or self.wk.dtype
+        return KVCache(
+            jnp.zeros((batch, slots, K, H), dtype),
+            jnp.zeros((batch, slots, K, self.wv.shape[2]), dtype),
+            jnp.zeros((), jnp.int32),
+            jnp.zeros((batch,), jnp.int32) if start is None else jnp.asarray(start, jnp.int32),
+        )
+
+    def _mask(self, mask: Mask | None) -> Mask:
+        return self.mask if mask is None else self.mask & mask
+
+
+def _linear(equation: str, x: jax.Array, kernel, bias, dtype) -> jax.Array:
+    """einsum plus bias in `dtype`; float32 is multiplied in full, never in TF32."""
+    dtype = x.dtype if dtype is None else dtype
+    y = jnp.einsum(equation, x.astype(dtype), kernel[...].astype(dtype), precision=jax.lax.Precision.HIGHEST)
+    return y if bias is None else y + bias[...].astype(dtype)

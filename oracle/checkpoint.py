@@ -1,0 +1,266 @@
+"""Checkpoints: made from a seed with transformers, found by path or hub id, read from PyTorch's pickles.
+
+No weights are shipped. `make` writes a Llama checkpoint with the shapes of Llama-3.2-1B's attention, through
+transformers itself, so that the tests read what `save_pretrained` writes.
+
+Design fact: the random weights are scaled so that attention is as peaked as a trained model's (median over
+rows of the largest probability at least 0.3 at 256 tokens). Under flat attention the context is a mean of
+the values whatever the positions, and a wrong RoPE passes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from oracle.attention import to_numpy, to_torch
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_HUB_FILES = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"]
+# Each head's logits have about this standard deviation; 256 independent logits of it give a median largest
+# probability near 0.5.
+_LOGIT_STD = 5.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """Sizes of a made checkpoint; the defaults are Llama-3.2-1B's but for the cut layers and vocabulary."""
+
+    layers: int = 2
+    vocabulary: int = 2048
+    d_model: int = 2048
+    heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 64
+    mlp: int = 8192
+    rope: Literal["llama3", "default"] = "llama3"
+    tied: bool = True
+    attention_bias: bool = False
+    mlp_bias: bool = False
+
+
+TINY = Shapes(layers=2, vocabulary=64, d_model=32, heads=4, kv_heads=2, head_dim=16, mlp=48)
+
+
+def hf_config(shapes: Shapes = Shapes()):
+    """The `transformers.LlamaConfig` of Llama-3.2-1B with these sizes.
+
+    >>> hf_config().num_key_value_heads
+    8
+    """
+    from transformers import LlamaConfig
+
+    rope = {"rope_type": "default", "rope_theta": 500000.0}
+    if shapes.rope == "llama3":
+        rope |= {
+            "rope_type": "llama3",
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        }
+    return LlamaConfig(
+        vocab_size=shapes.vocabulary,
+        hidden_size=shapes.d_model,
+        intermediate_size=shapes.mlp,
+        num_hidden_layers=shapes.layers,
+        num_attention_heads=shapes.heads,
+        num_key_value_heads=shapes.kv_heads,
+        head_dim=shapes.head_dim,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=131072,
+        tie_word_embeddings=shapes.tied,
+        attention_bias=shapes.attention_bias,
+        mlp_bias=shapes.mlp_bias,
+        rope_parameters=rope,
+        bos_token_id=0,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+
+
+def make(
+    folder: str | Path,
+    *,
+    seed: int = 0,
+    shapes: Shapes = Shapes(),
+    dtype: str = "bfloat16",
+    form: Literal["safetensors", "sharded", "bin"] = "safetensors",
+) -> Path:
+    """Write a Llama checkpoint with random, peaked weights, as `transformers` saves it.
+
+    Args:
+      folder: where to write; made where it is missing.
+      seed: of torch's generator; the same seed gives the same file.
+      shapes: sizes; the attention shapes are Llama-3.2-1B's by default (248 MB in bfloat16 with 2 layers).
+      dtype: of the stored weights, "float32", "bfloat16" or "float16".
+      form: one safetensors file, several with an index, or a PyTorch pickle (`pytorch_model.bin`).
+
+    Returns: the folder.
+    Raises: ValueError for an unknown dtype or form, before anything is written.
+
+    >>> import tempfile
+    >>> folder = make(tempfile.mkdtemp(), shapes=TINY)
+    >>> sorted(path.name for path in folder.iterdir())[-1]
+    'model.safetensors'
+    """
+    if dtype not in _DTYPES or form not in ("safetensors", "sharded", "bin"):
+        raise ValueError(
+            f"dtype={dtype!r} must be one of {sorted(_DTYPES)}, form={form!r} safetensors, sharded or bin"
+        )
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = random_model(shapes, seed).to(_DTYPES[dtype])
+    if form == "bin":
+        model.config.save_pretrained(folder)
+        state = {k: v for k, v in model.state_dict().items() if not (shapes.tied and k == "lm_head.weight")}
+        torch.save(state, folder / "pytorch_model.bin")
+    else:
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        model.save_pretrained(folder, max_shard_size=size // 3 if form == "sharded" else "100GB")
+    return folder
+
+
+def random_model(shapes: Shapes = Shapes(), seed: int = 0):
+    """A `LlamaForCausalLM` with random weights, float32, in eval mode, eager attention.
+
+    Projections keep the activations' variance, but for q and k, whose scale makes the logits' standard
+    deviation about 5; norms and biases vary, so that leaving one out shows.
+
+    >>> random_model(TINY).config.num_hidden_layers
+    2
+    """
+    from transformers import LlamaForCausalLM
+
+    config = hf_config(shapes)
+    config._attn_implementation = "eager"
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    model = model.to_empty(device="cpu").eval()
+    # Rebuilt on the CPU: its frequencies are computed when it is made.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(generator=generator)
+            if name.endswith("norm.weight"):
+                parameter.mul_(0.2).add_(1.0)
+            elif name.endswith("bias"):
+                parameter.mul_(0.1)
+            elif "embed_tokens" in name or "lm_head" in name:
+                parameter.mul_(0.05)
+            else:
+                parameter.mul_(parameter.shape[1] ** -0.5)
+                if "q_proj" in name or "k_proj" in name:
+                    parameter.mul_(_LOGIT_STD**0.5)
+    model.tie_weights()
+    return model
+
+
+def find(checkpoint: str | Path) -> Path:
+    """The local folder of a checkpoint: the path itself, or a hub id fetched by huggingface_hub.
+
+    Args: checkpoint: a folder, or an id like "meta-llama/Llama-3.2-1B-Instruct".
+    Returns: a folder with config.json.
+    Raises: FileNotFoundError where it is neither a checkpoint folder nor an id that the hub gives, with the
+    reason.
+
+    >>> import tempfile
+    >>> find(make(tempfile.mkdtemp(), shapes=TINY)).is_dir()
+    True
+    """
+    folder = Path(checkpoint)
+    if folder.is_dir():
+        if (folder / "config.json").is_file() or (folder / "params.json").is_file():
+            return folder
+        raise FileNotFoundError(
+            f"{folder} holds neither config.json nor params.json: it is no checkpoint folder"
+        )
+    parts = str(checkpoint).split("/")
+    if len(parts) != 2 or not all(parts) or parts[0] in (".", ".."):
+        raise FileNotFoundError(f"{checkpoint} is neither a folder nor a hub id of the form OWNER/NAME")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(checkpoint), allow_patterns=_HUB_FILES))
+    except Exception as error:
+        raise FileNotFoundError(
+            f"{checkpoint} is no local folder, and the hub did not give it: {type(error).__name__}: {error}. "
+            f"For gated models accept the licence on the model's page and run `hf auth login` first."
+        ) from error
+
+
+def load_model(checkpoint: str | Path, dtype: str = "float32", attention: str = "eager"):
+    """Hugging Face's own model of a checkpoint, in eval mode.
+
+    Args: checkpoint: folder or hub id. dtype: of weights and activations. attention: "eager", "sdpa".
+    Returns: a transformers causal language model. Raises: FileNotFoundError as `find`.
+
+    >>> import tempfile
+    >>> load_model(make(tempfile.mkdtemp(), shapes=TINY)).dtype
+    torch.float32
+    """
+    from transformers import AutoModelForCausalLM
+
+    dtypes = _DTYPES | {"float64": torch.float64}
+    model = AutoModelForCausalLM.from_pretrained(
+        find(checkpoint), dtype=dtypes[dtype], attn_implementation=attention, local_files_only=True
+    )
+    return model.eval()
+
+
+def read_pickle(path: str | Path) -> dict[str, np.ndarray]:
+    """The tensors of a PyTorch pickle (`.bin`, `.pt`, `.pth`), with weights_only=True: no code in it is run.
+
+    Args: path: a file that holds a dict of tensors; plain numbers in it become 0-dimensional float64 arrays.
+    Returns: name -> array, memory-mapped where torch can; bfloat16 as ml_dtypes'.
+    Raises: ValueError for a file that is broken, that holds anything but names with tensors, or code.
+
+    >>> import tempfile
+    >>> folder = make(tempfile.mkdtemp(), shapes=TINY, form="bin")
+    >>> read_pickle(folder / "pytorch_model.bin")["model.norm.weight"].shape
+    (32,)
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{path} cannot be read as a dict of tensors, and nothing in it was run: {first}"
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds a {type(content).__name__}; it must hold a dict of names and tensors")
+    wrong = [
+        repr(k)
+        for k, v in content.items()
+        if not isinstance(k, str) or not isinstance(v, torch.Tensor | int | float)
+    ]
+    if wrong:
+        raise ValueError(
+            f"{path} must hold names with tensors; these entries are none: {', '.join(wrong[:10])}"
+        )
+    return {k: to_numpy(v) if isinstance(v, torch.Tensor) else np.float64(v) for k, v in content.items()}
+
+
+def write_pickle(path: str | Path, tensors: dict[str, np.ndarray]) -> None:
+    """Write name -> array as a torch dict that `torch.load(..., weights_only=True)` reads.
+
+    >>> import ml_dtypes, tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "x.pt"
+    >>> write_pickle(path, {"a": np.ones(2, ml_dtypes.bfloat16)}); read_pickle(path)["a"].dtype
+    dtype(bfloat16)
+    """
+    torch.save({name: to_torch(np.asarray(array)) for name, array in tensors.items()}, Path(path))
