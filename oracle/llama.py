@@ -1,0 +1,259 @@
+"""Hugging Face's own attention layer with every stage captured: what jaxattn's layer must equal.
+
+Three runs of the same module on the same inputs make a case: in float64 (what is right), in the dtype under
+test (what plain torch achieves), and with every term in absolute value (how large rounding errors may be).
+
+Design fact: nothing of the layer is rewritten here. Projections are seen by forward hooks, rotated queries
+and keys by registering an attention function with transformers that calls its eager one. Only the float64
+softmax is ours: transformers' eager attention computes the softmax in float32 whatever the inputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from oracle import attention
+from oracle.attention import Target, to_numpy, to_torch
+
+STAGES = (
+    "query",
+    "key",
+    "value",
+    "rotated_query",
+    "rotated_key",
+    "log_sum_exp",
+    "context",
+    "output",
+)
+_CAPTURE = "jaxattn_oracle_capture"
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One layer's inputs and, for each stage, what it should be and how near a result must come.
+
+    x: [B, T, D] in the dtype under test. positions: int [B, T]. mask: boolean [B, 1, T, T]. inv_freq:
+    float32 [R / 2]. weights: Hugging Face's names -> arrays in the dtype under test. targets: stage ->
+    `Target`, heads as [B, T, N, H].
+    """
+
+    x: np.ndarray
+    positions: np.ndarray
+    mask: np.ndarray
+    weights: dict[str, np.ndarray]
+    inv_freq: np.ndarray
+    attention_scaling: float
+    targets: dict[str, Target]
+
+
+def layer_case(model, x: np.ndarray, dtype: str, *, layer: int = 0, positions=None, mask=None) -> Case:
+    """Run one attention layer of a Hugging Face model on x, three times, and keep every stage.
+
+    Args:
+      model: a causal language model of transformers whose layers have `self_attn` (Llama; StableLM for
+      partial RoPE). x: [B, T, D], the attention layer's input; rounded to `dtype` before anything is run.
+      dtype: "float32", "bfloat16", "float16" or "float64". layer: which layer. positions: int [T] or [B, T];
+      None counts from 0. mask: boolean [B|1, 1, T, T]; None is causal. It is passed explicitly: the eager
+      layer without one is not causal.
+
+    Returns: a `Case`.
+
+    >>> from oracle import checkpoint
+    >>> x = np.random.default_rng(0).normal(size=(1, 6, 32))
+    >>> layer_case(checkpoint.random_model(checkpoint.TINY), x, "float32").targets["key"].value.shape
+    (1, 6, 2, 16)
+    """
+    B, T, _ = x.shape
+    x = to_torch(np.asarray(x, np.float64)).to(_DTYPES[dtype])
+    positions = np.broadcast_to(np.arange(T) if positions is None else positions, (B, T)).copy()
+    mask = np.tril(np.ones((T, T), bool))[None, None] if mask is None else np.asarray(mask)
+    rotary = model.model.rotary_emb
+    # Float64 modules hold the weights that the dtype under test can hold.
+    tested = copy.deepcopy(model.model.layers[layer].self_attn).to(_DTYPES[dtype]).eval()
+    exact = copy.deepcopy(tested).double()
+    right = target = run_stages(exact, rotary, x.double(), positions, mask)
+    if dtype == "float64":
+        # As `attention.accuracy_bound` does: float64's own error is seen in float32 and scaled.
+        coarse, coarse_x = copy.deepcopy(tested).float(), x.float()
+        target = run_stages(copy.deepcopy(coarse).double(), rotary, coarse_x.double(), positions, mask)
+        ratio = attention.unit_roundoff(np.float64) / attention.unit_roundoff(np.float32)
+    else:
+        coarse, coarse_x, ratio = tested, x, 1.0
+    near = run_stages(coarse, rotary, coarse_x, positions, mask)
+    size = _absolute_stages(exact, rotary, x.double(), positions, mask, right)
+    unit = np.dtype(to_numpy(x).dtype)
+    targets = {}
+    for stage in STAGES:
+        plain_rmse = ratio * attention.rmse(near[stage], target[stage])
+        targets[stage] = Target(right[stage], plain_rmse, attention.allowed(plain_rmse, size[stage], unit))
+    return Case(
+        x=to_numpy(x),
+        positions=positions,
+        mask=mask,
+        weights={name: to_numpy(value) for name, value in tested.state_dict().items()},
+        inv_freq=to_numpy(rotary.inv_freq).astype(np.float32),
+        attention_scaling=float(rotary.attention_scaling),
+        targets=targets,
+    )
+
+
+def run_stages(module, rotary, x: torch.Tensor, positions: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
+    """Run a Hugging Face attention module once and return what its hooks saw, heads as [B, T, N, H].
+
+    Args: module: a `self_attn`. rotary: the model's rotary embedding. x: [B, T, D] in the module's dtype.
+      positions: int [B, T]. mask: boolean [B|1, 1, T, T], True where attention is allowed.
+
+    >>> from oracle import checkpoint
+    >>> model = checkpoint.random_model(checkpoint.TINY)
+    >>> x, mask = torch.ones(1, 3, 32), np.tril(np.ones((1, 1, 3, 3), bool))
+    >>> stages = run_stages(model.model.layers[0].self_attn, model.model.rotary_emb, x, np.arange(3)[None], mask)
+    >>> stages["log_sum_exp"].shape
+    (1, 3, 4)
+    """
+    seen: dict[str, np.ndarray] = {}
+    heads = (*x.shape[:2], -1, module.head_dim)
+    names = {"query": module.q_proj, "key": module.k_proj, "value": module.v_proj}
+    handles = [
+        projection.register_forward_hook(lambda _m, _i, y, name=name: seen.update({name: to_numpy(y.view(heads))}))
+        for name, projection in names.items()
+    ]
+    allowed = torch.from_numpy(np.array(np.broadcast_to(mask, (x.shape[0], 1, *mask.shape[2:]))))
+    additive = torch.zeros(allowed.shape, dtype=x.dtype).masked_fill(~allowed, torch.finfo(x.dtype).min)
+    with torch.no_grad(), _capturing(module, seen):
+        tables = rotary(x, torch.from_numpy(positions))
+        try:
+            output, _ = module(hidden_states=x, position_embeddings=tables, attention_mask=additive)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return {**seen, "output": to_numpy(output)}
+
+
+def attention_input(model, tokens: np.ndarray, *, layer: int = 0) -> np.ndarray:
+    """What a model's attention layer is given for these tokens: embedded, through the layers before,
+    normalised.
+
+    Args: model: a causal language model of transformers. tokens: int [B, T]. layer: which layer.
+    Returns: [B, T, D] in the model's dtype.
+
+    >>> from oracle import checkpoint
+    >>> attention_input(checkpoint.random_model(checkpoint.TINY), np.arange(5)[None]).shape
+    (1, 5, 32)
+    """
+    caught = {}
+
+    class Enough(Exception):
+        pass
+
+    def catch(_module, _args, kwargs):
+        caught["x"] = kwargs["hidden_states"]
+        raise Enough
+
+    handle = model.model.layers[layer].self_attn.register_forward_pre_hook(catch, with_kwargs=True)
+    with torch.no_grad(), contextlib.suppress(Enough):
+        try:
+            model.model(input_ids=torch.from_numpy(np.asarray(tokens, np.int64)), use_cache=False)
+        finally:
+            handle.remove()
+    return to_numpy(caught["x"])
+
+
+def layer_weights(model, layer: int = 0) -> dict[str, np.ndarray]:
+    """An attention layer's weights under Hugging Face's names, with `inv_freq` and `attention_scaling`.
+
+    >>> from oracle import checkpoint
+    >>> sorted(layer_weights(checkpoint.random_model(checkpoint.TINY)))
+    ['attention_scaling', 'inv_freq', 'k_proj.weight', 'o_proj.weight', 'q_proj.weight', 'v_proj.weight']
+    """
+    state = model.model.layers[layer].self_attn.state_dict()
+    rotary = model.model.rotary_emb
+    return {name: to_numpy(value) for name, value in state.items()} | {
+        "inv_freq": to_numpy(rotary.inv_freq),
+        "attention_scaling": np.float32(rotary.attention_scaling),
+    }
+
+
+def peakedness(stages: dict[str, np.ndarray], mask: np.ndarray) -> float:
+    """Median over rows (all heads and queries) of the largest attention probability.
+
+    Args: stages: of `run_stages`. mask: boolean [B|1, 1, T, T].
+
+    >>> flat = np.zeros((1, 4, 1, 2))
+    >>> peakedness({"rotated_query": flat, "rotated_key": flat, "log_sum_exp": np.full((1, 4, 1), np.log(4))},
+    ...            np.ones((1, 1, 4, 4), bool))
+    0.25
+    """
+    q, k = (np.asarray(stages[name], np.float64) for name in ("rotated_query", "rotated_key"))
+    k = np.repeat(k, q.shape[2] // k.shape[2], axis=2)
+    logits_BNTS = np.einsum("btnh,bsnh->bnts", q, k) * q.shape[-1] ** -0.5
+    largest = np.where(mask, logits_BNTS, -np.inf).max(-1) - np.asarray(stages["log_sum_exp"]).swapaxes(1, 2)
+    return float(np.median(np.exp(largest)))
+
+
+@contextlib.contextmanager
+def _capturing(module, seen: dict[str, np.ndarray]) -> Iterator[None]:
+    """Route the module's attention through a function that keeps what it is given and what it gives."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.models.llama.modeling_llama import eager_attention_forward, repeat_kv
+
+    def capture(module, query, key, value, attention_mask, scaling, dropout=0.0, **_others):
+        key_states = repeat_kv(key, module.num_key_value_groups)
+        logits = query @ key_states.transpose(2, 3) * scaling + attention_mask
+        if query.dtype == torch.float64:
+            weights = torch.softmax(logits, -1)
+            context = (weights @ repeat_kv(value, module.num_key_value_groups)).transpose(1, 2).contiguous()
+        else:
+            context, weights = eager_attention_forward(
+                module, query, key, value, attention_mask, scaling=scaling, dropout=dropout
+            )
+        wide = torch.promote_types(query.dtype, torch.float32)
+        lse = torch.logsumexp(logits.to(wide), -1)
+        stages = {"rotated_query": query, "rotated_key": key, "context": context.transpose(1, 2), "log_sum_exp": lse}
+        seen.update({name: to_numpy(value.transpose(1, 2)) for name, value in stages.items()})
+        return context, weights
+
+    ALL_ATTENTION_FUNCTIONS.register(_CAPTURE, capture)
+    before = module.config._attn_implementation
+    module.config._attn_implementation = _CAPTURE
+    try:
+        yield
+    finally:
+        module.config._attn_implementation = before
+
+
+def _absolute_stages(module, rotary, x, positions, mask, right) -> dict[str, np.ndarray]:
+    """Each stage's formula with every term in absolute value, given the exact stages before it."""
+    H = module.head_dim
+
+    def project(projection, y, heads=True):
+        with torch.no_grad():
+            z = y.abs() @ projection.weight.abs().T
+            z = z if projection.bias is None else z + projection.bias.abs()
+        return to_numpy(z.view(*z.shape[:2], -1, H) if heads else z)
+
+    size = {
+        "query": project(module.q_proj, x),
+        "key": project(module.k_proj, x),
+        "value": project(module.v_proj, x),
+    }
+    cos, sin = (np.abs(to_numpy(table))[:, :, None] for table in rotary(x, torch.from_numpy(positions)))
+    R = cos.shape[-1]
+    for name in ("query", "key"):
+        turned = np.abs(right[name])
+        half = np.concatenate([turned[..., R // 2 : R], turned[..., : R // 2]], -1)
+        turned[..., :R] = turned[..., :R] * cos + half * sin
+        size["rotated_" + name] = turned
+    sums = attention.absolute(
+        right["rotated_query"], right["rotated_key"], right["value"], mask=mask, scale=module.scaling
+    )
+    size["log_sum_exp"], size["context"] = sums.lse, sums.out
+    context = torch.from_numpy(sums.out).reshape(*x.shape[:2], -1)
+    size["output"] = project(module.o_proj, context, heads=False)
+    return size
