@@ -1,0 +1,30 @@
+"""Every private name of JAX that the profiler uses: this file alone, tested on each supported version.
+
+It imports JAX and the standard library only, since the child process that holds the compile wheels runs it
+too, without the rest of the library.
+"""
+
+from typing import Any
+
+import jax
+from jax._src import compiler
+from jax._src.interpreters import mlir
+
+
+def stablehlo_bytecode(lowered: jax.stages.Lowered) -> bytes:
+    """The lowered program as MLIR bytecode, with its source locations."""
+    return mlir.module_to_bytecode(lowered.compiler_ir("stablehlo"))
+
+
+def compile_bytecode(program: bytes, target_config: str, options: dict[str, Any]) -> Any:
+    """Compiles MLIR bytecode for a GPU that is described, not there; returns XLA's executable."""
+    import jaxlib._jax
+    from jax.experimental import topologies
+    from jaxlib.mlir import ir
+
+    topology = topologies.get_topology_desc(platform="cuda", target_config=target_config, topology="1x1x1")
+    devices = topology.devices[:1]
+    compile_options = compiler.get_compile_options(num_replicas=1, num_partitions=1, env_options_overrides=options)
+    with mlir.make_ir_context():
+        module = ir.Module.parse(program)
+        return devices[0].client.compile(module, jaxlib._jax.DeviceList(tuple(devices)), compile_options)

@@ -1,0 +1,375 @@
+"""Bytes that one kernel of a compiled module reads and writes, and how often each kernel runs.
+
+A kernel is one instruction of the scheduled module: what fusion left. Its bytes are those of one run; loops
+and branches enter only as how often it runs.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+
+from jaxattn.profiler import wire
+from jaxattn.profiler.hlo import Computation, Instruction, Module, Shape
+
+# No kernel: they name, group or reinterpret memory.
+_FREE = frozenset(
+    [
+        "parameter",
+        "constant",
+        "get-tuple-element",
+        "bitcast",
+        "after-all",
+        "domain",
+        "add-dependency",
+        "tuple",
+        "opt-barrier",
+        "async-done",
+        "async-update",
+        "copy-done",
+        "partition-id",
+        "replica-id",
+    ]
+)
+_CONTROL = frozenset(["while", "conditional", "call", "async-start"])
+_MOVES = frozenset(
+    [
+        "copy",
+        "copy-start",
+        "slice",
+        "dynamic-slice",
+        "dynamic-update-slice",
+        "broadcast",
+        "transpose",
+        "reshape",
+        "concatenate",
+        "pad",
+        "reverse",
+        "iota",
+        "gather",
+    ]
+)
+_ARITHMETIC = frozenset(
+    [
+        "abs",
+        "add",
+        "and",
+        "atan2",
+        "cbrt",
+        "ceil",
+        "clamp",
+        "clz",
+        "compare",
+        "complex",
+        "convert",
+        "cosine",
+        "divide",
+        "erf",
+        "exponential",
+        "exponential-minus-one",
+        "floor",
+        "imag",
+        "is-finite",
+        "log",
+        "log-plus-one",
+        "logistic",
+        "maximum",
+        "minimum",
+        "multiply",
+        "negate",
+        "not",
+        "or",
+        "popcnt",
+        "power",
+        "real",
+        "reduce-precision",
+        "remainder",
+        "round-nearest-afz",
+        "round-nearest-even",
+        "rsqrt",
+        "select",
+        "shift-left",
+        "shift-right-arithmetic",
+        "shift-right-logical",
+        "sign",
+        "sine",
+        "sqrt",
+        "subtract",
+        "tan",
+        "tanh",
+        "xor",
+        "bitcast-convert",
+        "stochastic-convert",
+    ]
+)
+_EXACT = _MOVES | _ARITHMETIC | {"dot", "reduce", "fusion"}
+# Users that read an element of their operand only where an element of their result is asked for.
+_LAZY = _ARITHMETIC | {"bitcast", "reshape", "transpose", "copy"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Access:
+    """Bytes of one value that one run of a kernel reads or writes.
+
+    `stepped` says that it is a part of the value chosen by an index that moves from run to run.
+    """
+
+    value: Instruction
+    index: tuple[int, ...]
+    bytes: int
+    is_write: bool
+    stepped: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """One run of one kernel."""
+
+    accesses: tuple[Access, ...]
+    flops: int
+    confidence: str
+
+    @property
+    def read(self) -> int:
+        return sum(a.bytes for a in self.accesses if not a.is_write)
+
+    @property
+    def written(self) -> int:
+        return sum(a.bytes for a in self.accesses if a.is_write)
+
+
+def is_kernel(instruction: Instruction) -> bool:
+    """Whether the instruction does work of its own, rather than name memory or run other computations."""
+    return instruction.opcode not in _FREE and instruction.opcode not in _CONTROL
+
+
+def cost(instruction: Instruction) -> Cost:
+    """What one run of a kernel moves.
+
+    Operands and outputs whole, except: slices and gathers read what they touch, in-place updates write the
+    update, and a fusion reads of each operand what its slices ask for. `confidence` is `exact`, or `modelled`
+    where the operation may do more (sort, scatter, library calls).
+    """
+    kind = "exact" if instruction.opcode in _EXACT else "modelled"
+    if instruction.opcode == "fusion" and any(
+        i.opcode not in _EXACT and i.opcode not in _FREE for i in instruction.called[0].instructions
+    ):
+        kind = "modelled"
+    return Cost(tuple(_accesses(instruction)), flops(instruction), kind)
+
+
+def _accesses(instruction: Instruction) -> Iterator[Access]:
+    op, operands = instruction.opcode, instruction.operands
+    reads: dict[int, tuple[int, bool]] = {}
+    writes = None
+    if op == "slice":
+        reads[0] = (instruction.shape.bytes, False)
+    elif op == "dynamic-slice":
+        reads = {i: (0, False) for i in range(2, len(operands))}
+        reads[0] = (instruction.shape.bytes, True)
+    elif op == "dynamic-update-slice":
+        reads = {i: (0, False) for i in range(3, len(operands))}
+        reads[0] = (0, False)
+        writes = (operands[1].shape.bytes, True)
+    elif op == "gather":
+        reads[0] = (instruction.shape.bytes, False)
+    elif op == "scatter":
+        n = (len(operands) - 1) // 2
+        updates = [operands[n + 1 + i].shape.bytes for i in range(n)]
+        reads = {i: (updates[i], False) for i in range(n)}
+        if n == 1:
+            writes = (updates[0], False)
+    elif op == "fusion":
+        yield from _fusion_accesses(instruction)
+        return
+    for i, operand in enumerate(operands):
+        for index, leaf in operand.shape.leaves():
+            size, stepped = reads.get(i, (leaf.bytes, False))
+            if size:
+                yield Access(operand, index, size, False, stepped)
+    for index, leaf in _outputs(instruction):
+        size, stepped = writes or (leaf.bytes, False)
+        if size:
+            yield Access(instruction, index, size, True, stepped)
+
+
+def _outputs(instruction: Instruction) -> list[tuple[tuple[int, ...], Shape]]:
+    leaves = instruction.shape.leaves()
+    if instruction.opcode == "copy-start":  # (destination, source, context): only the first is written
+        return leaves[:1]
+    if instruction.opcode == "custom-call" and instruction.custom_call_target.startswith("__cu"):
+        return leaves[:-1] if len(leaves) > 1 else leaves  # the last is the library's scratch space
+    return leaves
+
+
+def _fusion_accesses(fusion: Instruction) -> Iterator[Access]:
+    body = fusion.called[0]
+    for parameter in body.parameters:
+        operand = fusion.operands[parameter.parameter_number]
+        if parameter.shape.is_tuple:
+            for index, leaf in parameter.shape.leaves():
+                yield Access(operand, index, leaf.bytes, False)
+            continue
+        size, stepped = _touched(parameter, body.root)
+        if size:
+            yield Access(operand, (), size, False, stepped)
+    for constant in body.instructions:
+        if constant.opcode == "constant" and constant.shape.elements > 8:
+            yield Access(constant, (), constant.shape.bytes, False)
+    for index, leaf in fusion.shape.leaves():
+        root = _update_root(body.root, index)
+        if root is None:
+            yield Access(fusion, index, leaf.bytes, True)
+        else:
+            yield Access(fusion, index, root.operands[1].shape.bytes, True, stepped=True)
+
+
+def _update_root(root: Instruction, index: tuple[int, ...]) -> Instruction | None:
+    """The in-place update that makes this output of a fusion, if one does."""
+    if root.opcode == "tuple" and len(index) == 1:
+        root = root.operands[index[0]]
+    while root.opcode == "bitcast":
+        root = root.operands[0]
+    return root if root.opcode == "dynamic-update-slice" else None
+
+
+def _touched(value: Instruction, root: Instruction) -> tuple[int, bool]:
+    """Bytes of `value` (inside a fusion) that its users ask for, and whether through a moving slice."""
+    size, whole, stepped = 0, value is root, False
+    element = value.shape.bytes / max(value.shape.elements, 1)
+    for user in value.users:
+        if user.opcode == "slice":
+            part, _ = _touched_elements(user, root)
+            size += round(part * element)
+        elif user.opcode == "dynamic-slice" and value is user.operands[0]:
+            part, _ = _touched_elements(user, root)
+            size += round(part * element)
+            stepped = True
+        elif user.opcode == "dynamic-update-slice" and value is user.operands[0]:
+            continue  # its other elements stay where they are
+        elif user.opcode in ("broadcast", "reshape") and value.opcode == "parameter":
+            size += value.shape.bytes
+        elif user.opcode in _LAZY and user.shape.elements == value.shape.elements and user is not root:
+            part, moves = _touched_elements(user, root)
+            if part < value.shape.elements:
+                size += round(part * element)
+                stepped |= moves
+            else:
+                whole = True
+        elif user.opcode == "fusion":
+            part = sum(
+                _touched(user.called[0].parameters[i], user.called[0].root)[0]
+                for i, operand in enumerate(user.operands)
+                if operand is value
+            )
+            size += part
+        else:
+            whole = True
+    return size + (value.shape.bytes if whole else 0), stepped and not whole
+
+
+def _touched_elements(value: Instruction, root: Instruction) -> tuple[float, bool]:
+    if value is root or not value.shape.bytes:
+        return value.shape.elements, False
+    size, stepped = _touched(value, root)
+    return min(size * value.shape.elements / value.shape.bytes, value.shape.elements), stepped
+
+
+def flops(instruction: Instruction) -> int:
+    """Operations of one run: 2 per multiply-add of a product, 1 per element of arithmetic, none to move."""
+    op, shape = instruction.opcode, instruction.shape
+    if op == "fusion":
+        return sum(flops(i) for i in instruction.called[0].instructions)
+    if op == "dot":
+        dims = wire.message(instruction.fields[30][-1]) if 30 in instruction.fields else {}
+        return _dot_flops(instruction, wire.integers(dims.get(1, [])))
+    if op == "custom-call":
+        numbers = instruction.backend_config.get("gemm_backend_config", instruction.backend_config)
+        numbers = numbers.get("dot_dimension_numbers")
+        if not numbers:
+            return 0
+        return _dot_flops(instruction, [int(d) for d in numbers.get("lhs_contracting_dimensions", [])])
+    if op == "convolution":
+        kernel = instruction.operands[1].shape
+        numbers = wire.message(instruction.fields[16][-1])
+        return 2 * shape.elements * kernel.elements // kernel.dims[wire.integer(numbers, 4)]
+    if op == "reduce":
+        outputs = [leaf.elements for _, leaf in shape.leaves()]
+        return sum(max(o.shape.elements - n, 0) for o, n in zip(instruction.operands, outputs, strict=False))
+    return shape.elements if op in _ARITHMETIC and not shape.is_tuple else 0
+
+
+def _dot_flops(instruction: Instruction, contracting: list[int]) -> int:
+    depth = 1
+    for d in contracting:
+        depth *= instruction.operands[0].shape.dims[d]
+    output = instruction.shape.leaves()[0][1]
+    return 2 * output.elements * depth
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopRuns:
+    """Runs of a loop, over the whole program: times entered, times its body ran."""
+
+    entered: int
+    body: int
+
+
+Runs = int | None
+
+
+def runs(
+    module: Module,
+    loop: Callable[[Instruction], LoopRuns | None],
+    branches: Callable[[Instruction], tuple[int, ...] | None],
+) -> tuple[dict[Computation, Runs], list[Instruction]]:
+    """How often each computation runs in one call of the module.
+
+    Args:
+        module: the compiled module.
+        loop: measured runs of a `while` whose trip count XLA does not know, or None.
+        branches: measured runs of each branch of a `conditional`, or None.
+
+    Returns:
+        computation -> times run, None where unknown; and the instructions that could not be counted.
+    """
+    total: dict[Computation, Runs] = {}
+    unknown: list[Instruction] = []
+
+    def visit(computation: Computation, times: Runs) -> None:
+        before = total.get(computation, 0)
+        total[computation] = None if times is None or before is None else before + times
+        for instruction in computation.instructions:
+            if instruction.opcode == "while":
+                condition, body = _while_parts(instruction)
+                count = instruction.trip_count
+                measured = loop(instruction) if count is None else None
+                if times == 0:
+                    visit(body, 0)
+                    visit(condition, 0)
+                elif count is not None:
+                    visit(body, None if times is None else times * count)
+                    visit(condition, None if times is None else times * (count + 1))
+                elif measured is not None:
+                    visit(body, measured.body)
+                    visit(condition, measured.body + measured.entered)
+                else:
+                    unknown.append(instruction)
+                    visit(body, None)
+                    visit(condition, None)
+            elif instruction.opcode == "conditional":
+                taken = (0,) * len(instruction.called) if times == 0 else branches(instruction)
+                if taken is None or len(taken) != len(instruction.called):
+                    unknown.append(instruction)
+                    taken = (None,) * len(instruction.called)
+                for branch, count in zip(instruction.called, taken, strict=True):
+                    visit(branch, count)
+            elif instruction.opcode in ("call", "async-start"):
+                visit(instruction.called[0], times)
+
+    visit(module.entry, 1)
+    return total, unknown
+
+
+def _while_parts(instruction: Instruction) -> tuple[Computation, Computation]:
+    """(condition, body) of a while: the condition is the one that returns a single truth value."""
+    first, second = instruction.called
+    return (first, second) if not first.root.shape.is_tuple else (second, first)
