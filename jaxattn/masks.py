@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
+_LARGEST = 2**30  # of a number in a mask: indices are int32, and their sum with it must be one too
 
 
 class Span(NamedTuple):
@@ -55,7 +56,8 @@ def gather(array, t=None, s=None):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Mask:
-    """What may be attended. Subclasses define `allows` and `tile`; `Full()` is the mask that allows everything.
+    """What may be attended. A subclass is a frozen dataclass (`eq=False`) that defines `allows`, and `tile` too where
+    it can tell which tiles are empty or full; every implementation then computes it.
 
     Example:
       >>> from jaxattn import Causal, Window
@@ -82,9 +84,10 @@ class Mask:
         """int8 codes, 0 empty, 1 partial, 2 full, of the tiles t x s, broadcastable to [B, N, q tiles, k tiles].
 
         Exact for a single mask without arrays. Combinations take the minimum and maximum, which may call an empty or
-        a full tile partial, never otherwise; combinations of masks that depend on t - s alone are exact too.
+        a full tile partial, never otherwise; combinations of masks that depend on t - s alone are exact too. A mask
+        that does not say calls every tile partial.
         """
-        raise NotImplementedError
+        return np.full(np.broadcast_shapes(t.start.shape, s.start.shape), PARTIAL, np.int8)
 
     def shift(self, offset) -> Mask:
         """The mask that treats query t as query t + offset: an int, or an int array of shape [] or [B]."""
@@ -107,6 +110,18 @@ class Mask:
     def _fitting_shape(self, field: str, ndim: int, size: dict[str, int]) -> list[tuple[str, tuple[int, ...]]]:
         """For each axis of an array field, its letter and the lengths it may have; numbers are [] or [B]."""
         return [("B", (size["B"],))][:ndim]
+
+    def axes(self):
+        """The mask's pytree with a string for each array, one letter an axis: b batch, n query heads, `.` others."""
+        values, (names, static) = _flatten(self)
+        letters = []
+        for name, value in zip(names, values, strict=True):
+            if isinstance(value, Mask):
+                letters.append(value.axes())
+            else:
+                fitting = self._fitting_shape(name, value.ndim, dict.fromkeys("BNTS"))
+                letters.append("".join({"B": "b", "N": "n"}.get(letter, ".") for letter, _ in fitting))
+        return _unflatten(type(self), (names, static), letters)
 
     @property
     def is_static(self) -> bool:
@@ -137,24 +152,35 @@ class Mask:
 
         block_q, block_k = (block, block) if isinstance(block, int) else block
         codes = np.asarray(tile_codes(self, T, S, block_q, block_k))
-        count = {name: int((codes == code).sum()) for name, code in (("empty", 0), ("partial", 1), ("full", 2))}
-        visited = 1 - count["empty"] / codes.size
-        allowed = 0
-        for start in range(0, T, 1024):
-            rows = np.arange(start, min(start + 1024, T))[:, None]
-            tile = self.allows(jnp.asarray(rows), jnp.arange(S)[None, :]) if not self.is_static else None
-            tile = self.allows(rows, np.arange(S)[None, :]) if tile is None else np.asarray(tile)
-            allowed += np.broadcast_to(tile, np.broadcast_shapes(tile.shape, (len(rows), S))).mean() * len(rows)
-        return count | {"density": float(allowed / T), "visited": visited, "flops_saved": 1 - visited}
+        empty, partial, full = (int((codes == code).sum()) for code in (EMPTY, PARTIAL, FULL))
+        visited = (partial + full) / codes.size
+        xp = np if self.is_static else jnp
+        allowed = 0.0
+        for start in range(0, T, 1024):  # the whole array may not fit
+            rows = self.allows(xp.arange(start, min(start + 1024, T))[:, None], xp.arange(S)[None, :])
+            allowed += float(np.mean(rows)) * min(1024, T - start)
+        return {
+            "empty": empty,
+            "partial": partial,
+            "full": full,
+            "density": allowed / T,
+            "visited": visited,
+            "flops_saved": 1 - visited,
+        }
 
     def __and__(self, other: Mask) -> Mask:
-        return And(self, other) if isinstance(other, Mask) else NotImplemented
+        return And(self, _mask(other))
 
     def __or__(self, other: Mask) -> Mask:
-        return Or(self, other) if isinstance(other, Mask) else NotImplemented
+        return Or(self, _mask(other))
 
     def __invert__(self) -> Mask:
         return Not(self)
+
+    __array_ufunc__ = None  # array & mask is an error here, not an array of objects
+
+    def __bool__(self) -> bool:
+        raise TypeError("a mask has no truth value; combine masks with & | ~ instead of and, or, not")
 
     def __eq__(self, other) -> bool:
         if self is other:
@@ -165,6 +191,12 @@ class Mask:
 
     def __hash__(self) -> int:
         return hash((type(self), _values(self))) if self.is_static else id(self)
+
+
+def _mask(value) -> Mask:
+    if not isinstance(value, Mask):
+        raise TypeError(f"a mask combines with a mask, not with {type(value).__name__}; wrap a boolean array in Dense")
+    return value
 
 
 def _values(mask: Mask) -> tuple:
@@ -197,9 +229,20 @@ def _number(value, name: str):
             )
         return value
     try:
-        return operator.index(value)
+        return _integer(value, name)
+    except ValueError as error:
+        raise ValueError(f"{error}, or an integer array of shape [] or [B]") from None
+
+
+def _integer(value, name: str, least: int = -_LARGEST) -> int:
+    try:
+        number = operator.index(value)
     except TypeError:
-        raise ValueError(f"{name} must be an int or an integer array of shape [] or [B], got {value!r}") from None
+        number = None
+    if number is None or isinstance(value, bool) or not least <= number <= _LARGEST:
+        at_least = "-2**30" if least == -_LARGEST else least
+        raise ValueError(f"{name}={value!r} must be an int from {at_least} to 2**30")
+    return number
 
 
 def _read(value, take):
@@ -261,9 +304,7 @@ class Window(Mask):
         for name in ("left", "right"):
             value = getattr(self, name)
             if value is not None:
-                if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
-                    raise ValueError(f"Window {name}={value!r} must be an int or None")
-                object.__setattr__(self, name, int(value))
+                object.__setattr__(self, name, _integer(value, f"Window {name}"))
 
     def allows(self, t, s, take=gather):
         allowed = _broadcast_true(t, s)
@@ -300,9 +341,7 @@ class Dilated(Mask):
     stride: int
 
     def __post_init__(self):
-        if isinstance(self.stride, bool) or not isinstance(self.stride, (int, np.integer)) or self.stride < 1:
-            raise ValueError(f"Dilated stride={self.stride!r} must be an int of at least 1")
-        object.__setattr__(self, "stride", int(self.stride))
+        object.__setattr__(self, "stride", _integer(self.stride, "Dilated stride", least=1))
 
     def allows(self, t, s, take=gather):
         return (t - s) % self.stride == 0
@@ -327,14 +366,9 @@ class Global(Mask):
 
     def __post_init__(self):
         tokens = self.tokens
-        try:
-            tokens = range(operator.index(tokens)) if not hasattr(tokens, "__iter__") else tokens
-            tokens = tuple(sorted({operator.index(x) for x in tokens}))
-        except TypeError:
-            raise ValueError(f"Global tokens={self.tokens!r} must be an int or a sequence of ints") from None
-        if tokens and tokens[0] < 0:
-            raise ValueError(f"Global tokens={self.tokens!r} must not be negative")
-        object.__setattr__(self, "tokens", tokens)
+        if not hasattr(tokens, "__iter__"):
+            tokens = range(_integer(tokens, "Global tokens", least=0))
+        object.__setattr__(self, "tokens", tuple(sorted({_integer(x, "Global token", least=0) for x in tokens})))
 
     def _runs(self):
         cuts = [i for i in range(1, len(self.tokens)) if self.tokens[i] != self.tokens[i - 1] + 1]
@@ -377,10 +411,7 @@ class RandomBlocks(Mask):
 
     def __post_init__(self):
         for name, least in (("block", 1), ("count", 0), ("num_blocks", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < least:
-                raise ValueError(f"RandomBlocks {name}={value!r} must be an int of at least {least}")
-            object.__setattr__(self, name, int(value))
+            object.__setattr__(self, name, _integer(getattr(self, name), f"RandomBlocks {name}", least))
 
     def _drawn(self, query_block, key_block):
         drawn = ~_broadcast_true(query_block, key_block)
@@ -397,16 +428,15 @@ class RandomBlocks(Mask):
 
     def tile(self, t, s):
         if not (isinstance(t.start, np.ndarray) and isinstance(s.start, np.ndarray)):
-            return jnp.full(np.broadcast_shapes(t.start.shape, s.start.shape), PARTIAL, jnp.int8)
-        first = min(0, t.start.min() // self.block)
-        rows = np.arange(first, (t.stop.max() - 1) // self.block + 1)[:, None]
-        drawn = self._drawn(rows, np.arange((s.stop.max() - 1) // self.block + 1)[None, :])
-        area = np.pad(drawn.astype(np.int64).cumsum(0).cumsum(1), ((1, 0), (1, 0)))
-        (i0, i1), (j0, j1) = [
-            (x.start // self.block - o, (x.stop - 1) // self.block + 1 - o) for x, o in ((t, first), (s, 0))
-        ]
-        count = area[i1, j1] - area[i0, j1] - area[i1, j0] + area[i0, j0]
-        return _code(count > 0, count == (i1 - i0) * (j1 - j0))
+            return super().tile(t, s)
+        (top, bottom), (left, right) = [(x.start // self.block, (x.stop - 1) // self.block + 1) for x in (t, s)]
+        key_blocks = np.arange(right.max())[None, :]
+        count = np.zeros(np.broadcast_shapes(top.shape, left.shape), np.int64)
+        for row in range(len(top)):
+            drawn = self._drawn(np.arange(top[row, 0], bottom[row, 0])[:, None], key_blocks).sum(0)
+            before = np.concatenate([[0], np.cumsum(drawn)])
+            count[row] = before[right[0]] - before[left[0]]
+        return _code(count > 0, count == (bottom - top) * (right - left))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -444,7 +474,7 @@ class SegmentIds(Mask):
 
     def tile(self, t, s):
         if max(t.start.ndim, s.start.ndim) > 2:  # shifted by an array: a bound, not a verdict
-            return jnp.full(np.broadcast_shapes(t.start.shape, s.start.shape), PARTIAL, jnp.int8)
+            return super().tile(t, s)
         q_low, q_high = _range_of(self.query, t)
         k_low, k_high = _range_of(self.key, s)
         (q_low, q_high), (k_low, k_high) = (
@@ -543,7 +573,7 @@ class Dense(Mask):
 
     def tile(self, t, s):
         if max(t.start.ndim, s.start.ndim) > 2:
-            return jnp.full(np.broadcast_shapes(t.start.shape, s.start.shape), PARTIAL, jnp.int8)
+            return super().tile(t, s)
         some = every = jnp.asarray(self.array)
         for axis, span in ((-2, t), (-1, s)):
             start, stop = jnp.ravel(span.start)[:, None], jnp.ravel(span.stop)[:, None]
@@ -627,10 +657,9 @@ class Not(Mask):
 def _depends_on_difference(mask: Mask) -> bool:
     if not mask.is_static:
         return False
-    if isinstance(mask, (Full, Causal, Window, Dilated)):
-        return True
-    parts = [value for value in _values(mask) if isinstance(value, Mask)]
-    return bool(parts) and all(map(_depends_on_difference, parts))
+    if isinstance(mask, (And, Or, Not, Shifted)):
+        return all(_depends_on_difference(value) for value in _values(mask) if isinstance(value, Mask))
+    return isinstance(mask, (Full, Causal, Window, Dilated))
 
 
 def _difference_tile(mask: Mask, t: Span, s: Span):

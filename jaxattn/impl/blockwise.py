@@ -18,6 +18,7 @@ from jax import lax
 
 from jaxattn import online_softmax, tiles
 from jaxattn.impl.base import Implementation, Problem, accumulator_dtype, dot_precision, soft_cap
+from jaxattn.impl.partition import independent
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +58,7 @@ class Blockwise(Implementation):
 
 
 def default_blocks(T: int, S: int, G: int) -> tuple[int, int]:
-    """Blocks of about 512 x 512 scores over the G heads of a group: one tile's scores stay in a core's share of cache."""
+    """Tiles of about 512 x 512 scores over the G heads of a group, so that one stays in cache."""
     return min(T, max(512 // G, 64)), min(S, 512)
 
 
@@ -72,25 +73,45 @@ class _Config:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(config, query, key, value, bias, mask):
-    return _forward(config, query, key, value, bias, mask)
+    return _attention_fwd(config, query, key, value, bias, mask)[0]
 
 
 def _attention_fwd(config, query, key, value, bias, mask):
-    out, lse = _forward(config, query, key, value, bias, mask)
+    arrays = (query, key, value, bias, mask, _visits(config, query, key, mask))
+    out, lse = independent(functools.partial(_forward, config), _axes(*arrays), ("b.n.", "b.n"))(*arrays)
     return (out, lse), (query, key, value, bias, mask, out, lse)
 
 
 def _attention_bwd(config, residuals, cotangents):
-    return (*_backward(config, *residuals, *cotangents), None)  # a mask has no gradient
+    query, key, value, bias, mask, out, lse = residuals
+    arrays = (query, key, value, bias, mask, _visits(config, query, key, mask))
+    axes_in = (*_axes(*arrays), "b.n.", "b.n", "b.n.", "b.n")
+    axes_out, summed = ["b.n.", "b.k.", "b.k."], ["", "", ""]
+    if bias is not None:  # shards add up where one bias serves many batch elements or heads
+        axes_out.append("bn..")
+        summed.append("".join(letter for letter, n in zip("bn", bias.shape, strict=False) if n == 1))
+    backward = independent(functools.partial(_backward, config), axes_in, axes_out, summed)
+    dq, dk, dv, *d_bias = backward(*arrays, out, lse, *cotangents)
+    return dq, dk, dv, *(d_bias or [None]), None  # a mask has no gradient
+
+
+def _visits(config, query, key, mask):
+    """(counts, columns) of the PARTIAL and of the FULL key blocks of each query block: as operands, for sharding."""
+    plan = tiles.plan(mask, query.shape[1], key.shape[1], config.block_q, config.block_k, key.shape[2])
+    return tuple((jnp.asarray(x.count), jnp.asarray(x.index)) for x in (plan.partial, plan.full))
+
+
+def _axes(query, key, value, bias, mask, visits):
+    del query, key, value
+    return ("b.n.", "b.k.", "b.k.", None if bias is None else "bn..", mask.axes(), (("bk.", "bk.."),) * len(visits))
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-def _forward(config, query, key, value, bias, mask):
-    """out [B, T, N, Hv] in the query's dtype and lse [B, T, N]: algorithm 1, the loops exchanged as in FlashAttention-2."""
+def _forward(config, query, key, value, bias, mask, visits):
+    """out [B, T, N, Hv] and lse [B, T, N]: algorithm 1, its loops exchanged as in FlashAttention-2."""
     group = _Groups(config, query, key, value, bias, mask)
-    plan = tiles.plan(mask, group.T, group.S, config.block_q, config.block_k, group.K)
 
     def one_group(index):
         b, k = index // group.K, index % group.K
@@ -98,22 +119,18 @@ def _forward(config, query, key, value, bias, mask):
         def one_block(i):
             q_tile = group.query[b, k, i]
 
-            def visit(visits, masked):
-                count, columns = _row(visits, b, k, i)
-
-                def body(n, state):
-                    j = columns[n]
+            def visit(masked):
+                def body(j, state):
                     logits, _ = group.logits(q_tile, b, k, i, j)
                     v_tile = group.value[b, k, j]
                     if masked:
                         logits, v_tile = group.cut(b, k, i, j, logits, v_tile)
                     return online_softmax.update(state, logits, v_tile, group.weigh)
 
-                return lambda state: lax.fori_loop(0, count, body, state)
+                return body
 
             state = online_softmax.start(q_tile.shape[:1], value.shape[-1], group.dtype)
-            state = visit(plan.partial, masked=True)(state)  # in this order: see tiles
-            state = visit(plan.full, masked=False)(state)
+            state = _visit(visits, b, k, i, visit, state)
             out, lse = online_softmax.finish(state)
             return out.astype(query.dtype), lse
 
@@ -123,14 +140,13 @@ def _forward(config, query, key, value, bias, mask):
     return group.ungroup_rows(out), group.ungroup_rows(lse)
 
 
-def _backward(config, query, key, value, bias, mask, out, lse, d_out, d_lse):
+def _backward(config, query, key, value, bias, mask, visits, out, lse, d_out, d_lse):
     """dq, dk, dv, dbias from the saved log-sum-exp: algorithm 4, with FlashAttention-2's equations.
 
     p = exp(logits - lse), dv = p^T dout, dp = dout v^T, delta = sum(dout * out), ds = p (dp - delta + dlse),
     dbias = ds, then through the soft cap, dq = scale ds k, dk = scale ds^T q.
     """
     group = _Groups(config, query, key, value, bias, mask)
-    plan = tiles.plan(mask, group.T, group.S, config.block_q, config.block_k, group.K)
     dtype = group.dtype
     delta = (d_out.astype(dtype) * out.astype(dtype)).sum(-1) - d_lse.astype(dtype)
     # Rows that attend nothing, padded rows among them, get p = exp(logits - inf) = 0.
@@ -144,12 +160,9 @@ def _backward(config, query, key, value, bias, mask, out, lse, d_out, d_lse):
             q_tile, d_out_tile = group.query[b, k, i], d_out[b, k, i].astype(query.dtype)
             lse_tile, delta_tile = lse[b, k, i][:, None], delta[b, k, i][:, None]
 
-            def visit(visits, masked):
-                count, columns = _row(visits, b, k, i)
-
-                def body(n, carry):
+            def visit(masked):
+                def body(j, carry):
                     dq_tile, dk, dv, d_bias = carry
-                    j = columns[n]
                     k_tile, v_tile = group.key[b, k, j], group.value[b, k, j]
                     logits, capped = group.logits(q_tile, b, k, i, j)
                     if masked:
@@ -158,19 +171,17 @@ def _backward(config, query, key, value, bias, mask, out, lse, d_out, d_lse):
                     ds = p * (group.dot(d_out_tile, v_tile.T) - delta_tile)
                     d_bias = group.add_bias_tile(d_bias, b, k, i, j, ds)
                     if config.soft_cap is not None:
-                        slope = 1 - (capped / config.soft_cap) ** 2
-                        ds = jnp.where(p == 0, 0, ds * slope)
+                        ds = jnp.where(p == 0, 0, ds * (1 - (capped / config.soft_cap) ** 2))
                     ds = ds.astype(query.dtype)
                     dq_tile += group.dot(ds, k_tile)
                     dk = _add_block(dk, j, group.dot(ds.T, q_tile))
                     dv = _add_block(dv, j, group.dot(p.astype(value.dtype).T, d_out_tile))
                     return dq_tile, dk, dv, d_bias
 
-                return lambda carry: lax.fori_loop(0, count, body, carry)
+                return body
 
             carry = (jnp.zeros(q_tile.shape, dtype), *carry)
-            carry = visit(plan.partial, masked=True)(carry)
-            dq_tile, *carry = visit(plan.full, masked=False)(carry)
+            dq_tile, *carry = _visit(visits, b, k, i, visit, carry)
             return tuple(carry), (dq_tile * config.scale).astype(query.dtype)
 
         zeros = [jnp.zeros((group.blocks_k, config.block_k, x.shape[-1]), dtype) for x in (key, value)]
@@ -178,16 +189,20 @@ def _backward(config, query, key, value, bias, mask, out, lse, d_out, d_lse):
         return d_bias, (dq, (dk * config.scale).astype(key.dtype), dv.astype(value.dtype))
 
     d_bias, (dq, dk, dv) = lax.scan(one_group, group.zero_bias(), jnp.arange(group.B * group.K))
-    if bias is not None:
-        d_bias = d_bias[tuple(map(slice, bias.shape))].astype(bias.dtype)
-    return group.ungroup_rows(dq), group.ungroup_keys(dk), group.ungroup_keys(dv), d_bias
+    d_bias = [] if bias is None else [d_bias[tuple(map(slice, bias.shape))].astype(bias.dtype)]
+    return group.ungroup_rows(dq), group.ungroup_keys(dk), group.ungroup_keys(dv), *d_bias
 
 
-def _row(visits: tiles.Visits, b, k, i):
-    """How many columns row i of tiles visits, and which."""
-    count, index = jnp.asarray(visits.count), jnp.asarray(visits.index)
-    b, k = jnp.minimum(b, count.shape[0] - 1), jnp.minimum(k, count.shape[1] - 1)
-    return count[b, k, i], index[b, k, i]
+def _visit(visits, b, k, i, visit, state):
+    """Runs visit(masked)(j, state) over the key blocks j of query block i: PARTIAL ones first, as tiles says why."""
+    for (count, columns), masked in zip(visits, (True, False), strict=True):
+        row = (jnp.minimum(b, count.shape[0] - 1), jnp.minimum(k, count.shape[1] - 1), i)
+        state = _for_each(columns[row], count[row], visit(masked), state)
+    return state
+
+
+def _for_each(items, count, body, state):
+    return lax.fori_loop(0, count, lambda n, state: body(items[n], state), state)
 
 
 def _add_block(array, j, block):
