@@ -1,0 +1,155 @@
+"""`python -m bench`: the main job. Environment, gate, measurements, figures, report, in one folder.
+
+Design fact: the figures and the report are made again after every part, from the file on disk, so that a run
+that is stopped leaves a complete picture of what it measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import shlex
+import sys
+from pathlib import Path
+
+from bench import adapters, cases, commands, environment, plot, report, results, run
+
+MAIN_CASE = "llama-3.2-1b"
+TOTAL_S = 230.0  # of five minutes; figures, the traffic picture and starting up take the rest
+QUICK_S = 38.0  # of one minute
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="python -m bench",
+        description="Attention in JAX and torch, side by side: error, time, memory. Without arguments: the "
+        "Llama-3.2-1B shape at 1024, 4096 and 16384, within five minutes on two cores.",
+        epilog="Commands: " + "; ".join(f"{name}: {text}" for name, text in commands.available().items()),
+    )
+    made.add_argument("--quick", action="store_true", help="short lengths, within a minute")
+    made.add_argument("--list", action="store_true", help="show cases and implementations, measure nothing")
+    made.add_argument("--case", action="append", default=[], choices=list(cases.CASES), help="may be repeated")
+    made.add_argument("--impl", action="append", default=[], metavar="NAME|MODULE:FUNCTION", help="may be repeated")
+    made.add_argument("--seq", type=int, action="append", default=[], metavar="LENGTH", help="may be repeated")
+    made.add_argument("--shape", metavar="B,T,S,N,K,H", help="a shape of your own")
+    made.add_argument("--mask", default=None, help="its mask, e.g. 'causal & window(1024, 0)'; default causal")
+    made.add_argument("--dtype", choices=list(cases.DTYPE_BYTES))
+    made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    made.add_argument("--direction", choices=("forward", "both"), default="forward", help="both: and backward")
+    made.add_argument("--cold", action="store_true", help="rotate inputs, so that none is in a cache")
+    made.add_argument("--repeats", type=int, default=run.REPEATS, help="at most so many rounds")
+    made.add_argument("--minutes", type=float, help="time for measuring; what does not fit is skipped and listed")
+    made.add_argument("--threads", type=int, default=0, help="CPU threads for both frameworks; 0: all cores")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--out", type=Path, help="folder for the results")
+    made.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with a run that was stopped")
+    return made
+
+
+def main(argv: list[str]) -> int:
+    """Parse, run, draw, report. Returns 1 where a result was wrong, else 0."""
+    made = parser()
+    arguments = made.parse_args(argv)
+    try:
+        chosen = chosen_cases(arguments)
+        for name in arguments.impl:
+            adapters.find(name)
+        earlier = results.load(arguments.resume) if arguments.resume else None
+    except ValueError as error:
+        made.error(str(error))
+    if arguments.list:
+        return show_list()
+    if any(length < 1 for length in arguments.seq):
+        made.error("--seq: a length must be at least 1")
+    total_s = QUICK_S if arguments.quick else TOTAL_S
+    settings = run.Settings(
+        device=arguments.device,
+        total_s=total_s if arguments.minutes is None else 60 * arguments.minutes,
+        quick=arguments.quick,
+        implementations=tuple(arguments.impl),
+        lengths=tuple(arguments.seq),
+        dtype=arguments.dtype,
+        direction=arguments.direction,
+        cold=arguments.cold,
+        repeats=max(1, arguments.repeats),
+        threads=arguments.threads,
+        seed=arguments.seed,
+    )
+    command = shlex.join(["python", "-m", "bench", *argv])
+    main_job = not (arguments.case or arguments.shape)
+    return measure(settings, chosen, arguments.resume or arguments.out, command, earlier, traffic=main_job)
+
+
+def measure(settings, chosen, folder, command, earlier=None, *, traffic=False) -> int:
+    """Run the cases and leave results, figures and reports in the folder, whose path is printed."""
+    try:
+        runner = run.Runner(settings, folder, command, earlier)
+    except RuntimeError as error:
+        print(error, file=sys.stderr)
+        return 2
+    stopped = False
+    with runner:
+        found = runner.results["environment"]
+        packages = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+        print(f"{found['device_name']} ({found['device']}), {runner.threads} threads; {packages}")
+        print(f"Results: {runner.folder}")
+        try:
+            runner.run(chosen)
+        except KeyboardInterrupt:
+            stopped = True
+    finish(runner.results, runner.folder, traffic=traffic and not stopped and not settings.quick)
+    if stopped:
+        print(f"Stopped. To go on: {command} --resume {shlex.quote(str(runner.folder))}")
+        return 130
+    wrong = [row for row in runner.results["rows"] if row["status"] == "wrong"]
+    for row in wrong:
+        print(f"WRONG: {row['label']} at {row['keys']}: {row['reason']}")
+    return 1 if wrong else 0
+
+
+def finish(data: dict, folder: Path, *, traffic: bool) -> None:
+    """Figures and reports; says what was left out where a package is missing."""
+    pictures = []
+    try:
+        pictures += plot.draw(data, folder)
+        if traffic:
+            pictures += traffic_picture(data, folder)
+    except ImportError as error:
+        print(f"No figures: {error}. Install with pip install -e '.[all]', then python -m bench plot {folder}")
+    reports = report.write(data, folder, pictures)
+    for path in [folder / "results.json", *reports, *pictures]:
+        print(path)
+
+
+def traffic_picture(data: dict, folder: Path) -> list[Path]:
+    """The picture of bytes moved, where the profiler's part of the benchmark is there."""
+    if "traffic" not in commands.available():
+        return []
+    importlib.import_module(commands.COMMANDS["traffic"].module)
+    return []
+
+
+def chosen_cases(arguments: argparse.Namespace) -> list[cases.Case]:
+    """The cases asked for; the main one by default."""
+    if arguments.shape:
+        if arguments.case:
+            raise ValueError("--shape and --case: give one of them")
+        return [cases.custom(arguments.shape, arguments.mask or "causal")]
+    if arguments.mask:
+        raise ValueError("--mask goes with --shape; cases have their own masks")
+    return [cases.CASES[name] for name in arguments.case or [MAIN_CASE]]
+
+
+def show_list() -> int:
+    """Print cases and implementations, with the reason of each that cannot run on a CPU or a GPU."""
+    print("Cases:")
+    for case in cases.CASES.values():
+        lengths = ", ".join(map(str, case.lengths))
+        print(f"  {case.name:<16}{case.title}; {'; '.join(case.masks)}; lengths {lengths}")
+    print("Implementations:")
+    for adapter in adapters.ADAPTERS.values():
+        print(f"  {adapter.name:<22}{adapter.label}")
+    print("  MODULE:FUNCTION       your own, called as jax.nn.dot_product_attention; torch:MODULE:FUNCTION for torch")
+    gpu = environment.nvidia_gpu()
+    print(f"GPU: {gpu or 'none visible'}")
+    return 0

@@ -1,0 +1,344 @@
+"""Figures, from results files only: time, rate, memory and error, one look per implementation.
+
+Design fact: imports neither jax nor torch, so that a figure can be redrawn anywhere from the JSON that was
+committed. Measured values are filled markers on solid or dashed lines; what was predicted, not measured, is
+a hollow marker on a dotted line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+
+from bench import results
+
+
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """How an implementation is drawn everywhere. No two share a marker and line, so that grey paper will do."""
+
+    colour: str
+    marker: str
+    line: str = "-"
+
+
+STYLES = {
+    "jaxattn-naive": Style("#e69f00", "o", "--"),
+    "jaxattn-blockwise": Style("#d55e00", "s"),
+    "jaxattn-triton": Style("#990000", "*"),
+    "jax-nn-xla": Style("#b8a000", "^", "--"),
+    "jax-nn-cudnn": Style("#806600", "v"),
+    "pallas-ops": Style("#cc79a7", "<"),
+    "tokamax-triton": Style("#7e3f8f", ">"),
+    "tokamax-mosaic": Style("#4b0082", "P"),
+    "tokamax-xla": Style("#b48cd0", "h", "--"),
+    "torch-eager": Style("#56b4e9", "D", "--"),
+    "torch-sdpa-math": Style("#0072b2", "X", "--"),
+    "torch-sdpa-flash": Style("#004d80", "p"),
+    "torch-sdpa-efficient": Style("#009e73", "d"),
+    "torch-sdpa-cudnn": Style("#005c42", "H"),
+    "torch-flex": Style("#40c0a0", "8"),
+    "jaxattn-layer": Style("#d55e00", "s", "-."),
+    "hf-eager-layer": Style("#56b4e9", "D", ":"),
+    "hf-sdpa-layer": Style("#004d80", "p", "-."),
+}
+OTHER = Style("#404040", "+", "-")  # a user's own function
+ORDER = {name: index for index, name in enumerate(STYLES)}
+
+# Rows that hold every score, and rows that hold a tile of them: what "standard" and "flash" mean in a title.
+FASTER = 2.0
+
+
+def style(implementation: str) -> Style:
+    return STYLES.get(implementation, OTHER)
+
+
+def groups(data: dict) -> dict[tuple, list[dict]]:
+    """Rows by (case, mask, dtype, direction), each group in the fixed order and by length."""
+    found: dict[tuple, list[dict]] = {}
+    for row in data["rows"]:
+        found.setdefault((row["case"], row["mask"], row["dtype"], row["direction"]), []).append(row)
+    for rows in found.values():
+        rows.sort(key=lambda row: (row["keys"], ORDER.get(row["implementation"], len(ORDER))))
+    return found
+
+
+def by_implementation(rows: Iterable[dict]) -> dict[str, list[dict]]:
+    found: dict[str, list[dict]] = {}
+    for row in rows:
+        found.setdefault(row["implementation"], []).append(row)
+    return dict(sorted(found.items(), key=lambda item: ORDER.get(item[0], len(ORDER))))
+
+
+def crossover(rows: list[dict]) -> int | None:
+    """The first measured length at which the fastest tiled row is more than twice as fast as the fastest
+    standard row; None if there is none. Attention alone, no layers.
+    """
+    for length in sorted({row["keys"] for row in rows}):
+        times: dict[bool, list[float]] = {True: [], False: []}
+        for row in rows:
+            time_ms = results.summary(row).time_ms
+            if row["keys"] == length and not row["layer"] and time_ms is not None:
+                times[row["tiled"]].append(time_ms)
+        if times[True] and times[False] and min(times[False]) > FASTER * min(times[True]):
+            return length
+    return None
+
+
+def where(data: dict) -> str:
+    """The device and dtype-independent part of a caption."""
+    found = data["environment"]
+    cores = "" if found["device"] == "cuda" else f", {data['settings']['threads']} threads"
+    return f"{found['device_name']}{cores}"
+
+
+def draw(data: dict, folder: Path) -> list[Path]:
+    """Draw every figure that the rows allow into `folder`; returns the paths.
+
+    Raises: ImportError where matplotlib is not installed.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    paths = []
+    many = groups(data)
+    for key, rows in many.items():
+        if not any(row["times_s"] for row in rows):
+            continue
+        stem = name_of(key, many)
+        for kind, figure in (("time", time_figure), ("tflops", rate_figure), ("memory", memory_figure)):
+            paths.append(figure(data, key, rows, folder / f"{stem}-{kind}.png"))
+        if any(row["error"] and row["times_s"] for row in rows):
+            paths.append(error_figure(data, key, rows, folder / f"{stem}-error.png"))
+    return paths
+
+
+def name_of(key: tuple, many: Iterable[tuple]) -> str:
+    """A group's file name: the case, and of mask, dtype and direction those that tell it from others."""
+    case = key[0]
+    alike = [other for other in many if other[0] == case]
+    parts = [case]
+    for index, part in enumerate(key[1:], 1):
+        if len({other[index] for other in alike}) > 1:
+            parts.append("".join(c if c.isalnum() else "-" for c in part).strip("-"))
+    name = "-".join(parts)
+    while "--" in name:
+        name = name.replace("--", "-")
+    return name
+
+
+def caption(key: tuple, rows: list[dict]) -> str:
+    row, (_, mask, dtype, direction) = rows[0], key
+    heads = f"{row['heads']} heads of {row['head_dim']}"
+    if row["kv_heads"] != row["heads"]:
+        heads += f" on {row['kv_heads']} key heads"
+    direction = "" if direction == "forward" else ", forward + backward"
+    return f"B={row['batch']}, {heads}, {mask}, {dtype}{direction}"
+
+
+def panels(rows: list[dict]):
+    """A figure with a panel for attention and, where there are such rows, one for whole layers."""
+    import matplotlib.pyplot as plt
+
+    parts = [[row for row in rows if not row["layer"]], [row for row in rows if row["layer"] and row["times_s"]]]
+    parts = [part for part in parts if part]
+    figure, axes = plt.subplots(
+        1, len(parts), figsize=(5.6 + 3.9 * (len(parts) - 1), 4.6), sharey=True, squeeze=False, layout="constrained"
+    )
+    titles = ["attention", "whole layer: projections, RoPE, attention"]
+    for ax, part, title in zip(axes[0], parts, titles, strict=False):
+        lengths = sorted({row["keys"] for row in rows})
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(lengths, [f"{length}" for length in lengths])
+        ax.minorticks_off()
+        ax.set_xlim(lengths[0] / 1.25, lengths[-1] * 1.25)
+        ax.set_xlabel("sequence length" if part[0]["queries"] == part[0]["keys"] else "keys in the cache")
+        ax.set_title(title, fontsize=10)
+        ax.grid(True, which="major", color="#dddddd", linewidth=0.6)
+    return figure, list(zip(axes[0], parts, strict=True))
+
+
+def lines(ax, part: list[dict], value) -> None:
+    """One line per implementation through the rows where `value(row)` is not None."""
+    for name, rows in by_implementation(part).items():
+        points = [(row["keys"], value(row)) for row in rows if value(row) is not None]
+        if points:
+            look = style(name)
+            ax.plot(
+                *zip(*points, strict=True),
+                color=look.colour,
+                marker=look.marker,
+                linestyle=look.line,
+                markersize=7,
+                linewidth=1.6,
+                label=rows[0]["label"],
+            )
+
+
+def save(figure, path: Path) -> Path:
+    import matplotlib.pyplot as plt
+
+    figure.legend(loc="outside right center", fontsize=8, frameon=False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+    return path
+
+
+def time_figure(data: dict, key: tuple, rows: list[dict], path: Path) -> Path:
+    """Milliseconds against length, log-log, with the length from which flash is twice as fast."""
+    figure, parts = panels(rows)
+    for ax, part in parts:
+        ax.set_yscale("log")
+        lines(ax, part, lambda row: results.summary(row).time_ms)
+    parts[0][0].set_ylabel("time of one call (ms, median)")
+    ax = parts[0][0]
+    mark_missing(ax, parts[0][1])
+    length = crossover(rows)
+    if length is None:
+        text = "flash more than 2x faster: never"
+        ax.text(0.02, 0.98, text, transform=ax.transAxes, va="top", fontsize=8)
+    else:
+        ax.axvline(length, color="#808080", linewidth=1, linestyle=(0, (6, 3)), zorder=0)
+        ax.text(
+            0.02,
+            0.98,
+            f"dashed grey: from length {length} on\nflash is more than 2x faster",
+            transform=ax.transAxes,
+            va="top",
+            fontsize=8,
+        )
+    figure.suptitle(f"{caption(key, rows)}\n{where(data)}", fontsize=10)
+    return save(figure, path)
+
+
+def mark_missing(ax, part: list[dict]) -> None:
+    """A cross on the upper edge for each row that did not fit in memory, numbered down from the edge."""
+    lost: dict[int, int] = {}
+    for row in part:
+        if row["status"] == "out of memory" or row["reason"].startswith("memory:"):
+            depth = lost.get(row["keys"], 0)
+            lost[row["keys"]] = depth + 1
+            ax.plot(
+                [row["keys"]],
+                [0.96 - 0.045 * depth],
+                transform=ax.get_xaxis_transform(),
+                marker=style(row["implementation"]).marker,
+                markersize=7,
+                markerfacecolor="none",
+                markeredgecolor=style(row["implementation"]).colour,
+                linestyle="none",
+                clip_on=False,
+            )
+    for length in lost:
+        ax.annotate(
+            "does not fit",
+            (length, 0.98),
+            xycoords=ax.get_xaxis_transform(),
+            xytext=(-8, 0),
+            textcoords="offset points",
+            ha="right",
+            va="top",
+            fontsize=8,
+        )
+
+
+def rate_figure(data: dict, key: tuple, rows: list[dict], path: Path) -> Path:
+    """TFLOP/s (GFLOP/s where all are below one) against length."""
+    figure, parts = panels(rows)
+    rates = [results.summary(row).tflops for row in rows if row["times_s"]]
+    small = max(rates) < 1
+    for ax, part in parts:
+        lines(
+            ax,
+            part,
+            lambda row: None if not row["times_s"] else results.summary(row).tflops * (1e3 if small else 1),
+        )
+        ax.set_ylim(bottom=0)
+    unit = "GFLOP/s" if small else "TFLOP/s"
+    halved = " (causal counts half)" if key[1] == "causal" else ""
+    parts[0][0].set_ylabel(f"{unit}{halved}")
+    figure.suptitle(f"{caption(key, rows)}\n{where(data)}", fontsize=10)
+    return save(figure, path)
+
+
+def memory_figure(data: dict, key: tuple, rows: list[dict], path: Path) -> Path:
+    """Peak memory against length: measured, and predicted for the rows that did not run for lack of memory."""
+    figure, parts = panels(rows)
+    for ax, part in parts:
+        ax.set_yscale("log")
+        lines(ax, part, lambda row: row["peak_bytes"] / 2**20 if row.get("peak_bytes") else None)
+        for name, own in by_implementation(part).items():
+            look = style(name)
+            predicted = [row for row in own if row["reason"].startswith("memory:") and row["predicted_bytes"]]
+            measured = [row for row in own if row.get("peak_bytes")]
+            if predicted:
+                start = [(row["keys"], row["peak_bytes"] / 2**20) for row in measured[-1:]]
+                points = start + [(row["keys"], row["predicted_bytes"] / 2**20) for row in predicted]
+                xs, ys = zip(*points, strict=True)
+                ax.plot(xs, ys, color=look.colour, linestyle=":", linewidth=1.2)
+                ax.plot(
+                    xs[len(start) :],
+                    ys[len(start) :],
+                    color=look.colour,
+                    marker=look.marker,
+                    markerfacecolor="none",
+                    markersize=7,
+                    linestyle="none",
+                )
+    ax = parts[0][0]
+    ax.set_ylabel("peak memory of one call (MiB)")
+    available = max((row.get("available_bytes") or 0 for row in rows), default=0)
+    if any(row["reason"].startswith("memory:") for row in rows):
+        ax.axhline(available / 2**20, color="#808080", linewidth=1, linestyle=(0, (6, 3)))
+        ax.text(0.02, available / 2**20, "available", transform=ax.get_yaxis_transform(), va="bottom", fontsize=8)
+        ax.text(0.02, 0.97, "hollow, dotted: predicted,\nnot measured", transform=ax.transAxes, va="top", fontsize=8)
+    figure.suptitle(f"{caption(key, rows)}\n{where(data)}", fontsize=10)
+    return save(figure, path)
+
+
+def error_figure(data: dict, key: tuple, rows: list[dict], path: Path) -> Path:
+    """Error against time at the longest length that has the most rows: both smaller is better."""
+    import matplotlib.pyplot as plt
+
+    timed = [row for row in rows if row["times_s"] and row["error"] and not row["layer"]]
+    lengths = sorted({row["keys"] for row in timed})
+    length = max(lengths, key=lambda n: (sum(row["keys"] == n for row in timed), n))
+    figure, ax = plt.subplots(figsize=(5.6, 4.2), layout="constrained")
+    for row in timed:
+        if row["keys"] == length:
+            look = style(row["implementation"])
+            ax.plot(
+                [results.summary(row).time_ms],
+                [row["error"]["rmse"] / row["error"]["bound"]],
+                color=look.colour,
+                marker=look.marker,
+                markersize=9,
+                linestyle="none",
+                label=row["label"],
+            )
+    ax.axhline(1, color="#808080", linewidth=1, linestyle=(0, (6, 3)))
+    ax.set_ylim(0, 1.1)
+    ax.set_xscale("log")
+    ax.text(0.02, 1.01, "the accuracy rule's limit", transform=ax.get_yaxis_transform(), va="bottom", fontsize=8)
+    ax.set_xlabel("time of one call (ms, median)")
+    ax.set_ylabel("RMSE against float64 / allowed RMSE")
+    ax.grid(True, which="major", color="#dddddd", linewidth=0.6)
+    figure.suptitle(f"length {length}: {caption(key, rows)}\n{where(data)}", fontsize=10)
+    return save(figure, path)
+
+
+def main(argv: list[str]) -> int:
+    """Draw a results file again: `python -m bench plot FOLDER`."""
+    parser = argparse.ArgumentParser(prog="python -m bench plot", description="Draw a results file again.")
+    parser.add_argument("folder", type=Path, help="a run's folder, or its results.json")
+    arguments = parser.parse_args(argv)
+    try:
+        data = results.load(arguments.folder)
+    except ValueError as error:
+        parser.error(str(error))
+    folder = arguments.folder if arguments.folder.is_dir() else arguments.folder.parent
+    for path in draw(data, folder):
+        print(path)
+    return 0

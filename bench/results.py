@@ -1,0 +1,138 @@
+"""The results file: read, written, summarised, compared.
+
+Design fact: `results.json` holds every repeat and every reason; medians, spreads and rates are computed from
+it by `summary`, in one place, for tables and plots alike. Written whole to a new file that then takes the old
+one's place, so that a stopped run leaves a readable one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import statistics
+from pathlib import Path
+
+SCHEMA = 1
+SMALLEST_NOISE = 0.05  # two runs of one program on one machine differ by this much with no reason at all
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """What a table shows of one row; None where it was not measured.
+
+    time_ms: median end to end (call and wait). device_ms: median per call of queued calls, GPU only.
+    low_ms, high_ms: the fastest and slowest repeat. noise: half the distance of the quartiles, relative to
+    the median, at least `SMALLEST_NOISE`; None with fewer than three repeats. tflops: by device time where
+    there is one, else by end-to-end time.
+    """
+
+    time_ms: float | None
+    device_ms: float | None
+    low_ms: float | None
+    high_ms: float | None
+    noise: float | None
+    repeats: int
+    tflops: float | None
+
+
+def summary(row: dict) -> Summary:
+    """Summarise a row of a results file.
+
+    >>> summary({"times_s": [0.2, 0.1, 0.3], "flops": 2e11}).tflops
+    1.0
+    """
+    times, device_times = row.get("times_s") or [], row.get("device_times_s") or []
+    if not times:
+        return Summary(None, None, None, None, None, 0, None)
+    median = statistics.median(times)
+    device = statistics.median(device_times) if device_times else None
+    noise = None
+    if len(times) >= 3:
+        first, _, third = statistics.quantiles(times, n=4, method="inclusive")
+        noise = max(SMALLEST_NOISE, (third - first) / 2 / median)
+    return Summary(
+        time_ms=median * 1e3,
+        device_ms=None if device is None else device * 1e3,
+        low_ms=min(times) * 1e3,
+        high_ms=max(times) * 1e3,
+        noise=noise,
+        repeats=len(times),
+        tflops=row["flops"] / (device or median) / 1e12,
+    )
+
+
+def key(row: dict) -> tuple:
+    """What makes two rows the same measurement: `cases.Problem.key`, from a row."""
+    names = "case mask batch queries keys heads kv_heads head_dim dtype direction cold implementation"
+    return tuple(row[name] for name in names.split())
+
+
+def save(results: dict, folder: Path) -> None:
+    """Write `results.json` so that a reader sees the old file or the new one, never a part."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file atomically: whole under another name, then renamed."""
+    new = path.with_name(path.name + ".new")
+    with new.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+
+
+def load(path: Path) -> dict:
+    """Read a results file, or the one in a folder.
+
+    Raises: ValueError where it is not one this version reads.
+    """
+    path = Path(path)
+    path = path / "results.json" if path.is_dir() else path
+    try:
+        results = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"{path}: no results here ({error.strerror}); give a run's folder or its JSON") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(results, dict) or results.get("schema") != SCHEMA:
+        raise ValueError(f"{path}: not a results file of schema {SCHEMA}")
+    return results
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratio:
+    """One measurement in two files. ratio: time in B over time in A. noise: None where it is not known."""
+
+    row: dict
+    a_ms: float
+    b_ms: float
+    ratio: float
+    noise: float | None
+
+    @property
+    def verdict(self) -> str:
+        if self.noise is None:
+            return "too few repeats to say"
+        if abs(math.log(self.ratio)) <= self.noise:
+            return "within noise"
+        return "faster" if self.ratio < 1 else "slower"
+
+
+def compare(a: dict, b: dict) -> list[Ratio]:
+    """Ratios of the measurements that both files hold, in the order of A.
+
+    The noise of a ratio is the sum of both rows' noise.
+    """
+    other = {key(row): row for row in b["rows"]}
+    ratios = []
+    for row in a["rows"]:
+        one, two = summary(row), summary(other.get(key(row), {}))
+        if one.time_ms is None or two.time_ms is None:
+            continue
+        noise = None if one.noise is None or two.noise is None else one.noise + two.noise
+        ratios.append(Ratio(row, one.time_ms, two.time_ms, two.time_ms / one.time_ms, noise))
+    return ratios

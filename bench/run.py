@@ -1,0 +1,548 @@
+"""Gate, then measure: goes through cases and lengths, one child process per measurement.
+
+Design fact: what is to be spent is decided before it is spent. A row's bytes are predicted from its shape and
+compared with the memory that is there, its time from the previous length and its FLOPs and compared with the
+time that is left; a row that cannot fit is skipped, and listed with these numbers. The children of one length
+live side by side, and their repeats are interleaved, so that a machine that slows down slows all of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import os
+import selectors
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from bench import adapters, environment, results
+from bench.cases import Case, Problem
+
+MEMORY_SHARE = 0.85  # of the memory that is available, what a row may be predicted to need
+START_S = 2.5  # predicted for starting a process and its frameworks, before one was seen
+FIRST_LENGTH_S = 45.0  # limit of one call that nothing predicts
+REPEATS = 10
+LENGTH_S = 20.0  # further repeats of one length stop here
+ROOT = Path(__file__).resolve().parent.parent
+DONE = ("ok", "wrong", "refused", "missing")  # what --resume does not try again
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the user chose.
+
+    device: "auto", "cpu" or "cuda". total_s: time for measuring. threads 0: all cores. direction: "forward"
+    or "both" (forward and backward). Empty tuples: what the case says.
+    """
+
+    device: str = "auto"
+    total_s: float = 230.0
+    quick: bool = False
+    implementations: tuple[str, ...] = ()
+    lengths: tuple[int, ...] = ()
+    dtype: str | None = None
+    direction: str = "forward"
+    cold: bool = False
+    repeats: int = REPEATS
+    threads: int = 0
+    seed: int = 0
+
+
+class ChildFailure(Exception):
+    """A child that cannot answer any more. status: "crashed", "out of memory" or "timed out"."""
+
+    def __init__(self, status: str, reason: str):
+        super().__init__(reason)
+        self.status, self.reason = status, reason
+
+
+class Child:
+    """One `python -m bench.child`, spoken to in JSON lines."""
+
+    def __init__(self, device: str, threads: int, log: Path):
+        self.log = log
+        with log.open("wb") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "bench.child"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                cwd=ROOT,
+                env=child_environment(device, threads),
+            )
+        self.buffer = b""
+
+    def tell(self, do: str, **request) -> None:
+        """Send a request without waiting for its reply."""
+        with contextlib.suppress(BrokenPipeError):  # a dead child is reported by `hear`
+            self.process.stdin.write(json.dumps({"do": do, **request}).encode() + b"\n")
+            self.process.stdin.flush()
+
+    def hear(self, timeout_s: float) -> dict:
+        """Wait for one reply.
+
+        Raises: ChildFailure where the process has ended or does not answer in time (it is then killed).
+        """
+        end = time.monotonic() + timeout_s
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.process.stdout, selectors.EVENT_READ)
+            while b"\n" not in self.buffer:
+                if not selector.select(max(0.0, end - time.monotonic())):
+                    self.close()
+                    raise ChildFailure("timed out", f"no answer within {timeout_s:.0f} s; the process was ended")
+                data = os.read(self.process.stdout.fileno(), 1 << 16)
+                if not data:
+                    raise self.failure()
+                self.buffer += data
+        line, _, self.buffer = self.buffer.partition(b"\n")
+        return json.loads(line)
+
+    def ask(self, do: str, timeout_s: float, **request) -> dict:
+        self.tell(do, **request)
+        return self.hear(timeout_s)
+
+    def failure(self) -> ChildFailure:
+        """What the end of the process means, with the last line it wrote."""
+        code = self.process.wait()
+        lines = self.log.read_text(errors="replace").strip().splitlines()
+        last = f": {lines[-1][:300]}" if lines else ""
+        if code == -signal.SIGKILL:
+            return ChildFailure("out of memory", "killed by the system, as it does when memory runs out")
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return ChildFailure("crashed", f"the process ended with {how}{last}")
+
+    def close(self) -> None:
+        """End the process and wait for it."""
+        self.process.stdin.close()
+        try:
+            self.process.wait(timeout=2)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()
+
+
+def child_environment(device: str, threads: int) -> dict[str, str]:
+    """The child's environment variables: its device, its threads, and no memory taken in advance."""
+    variables = dict(os.environ)
+    variables |= {
+        "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": ".95",
+        "TF_CPP_MIN_LOG_LEVEL": "2",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": str(threads),
+        "NPROC": str(threads),  # XLA's CPU thread pool
+    }
+    if device == "cpu":
+        variables["JAX_PLATFORMS"] = "cpu"
+    return variables
+
+
+class Progress:
+    """A progress bar where rich is installed, else a line per measurement."""
+
+    def __init__(self, total: int):
+        try:
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+            from rich.progress import Progress as Bar
+
+            text = TextColumn("{task.description}")
+            self.bar = Bar(text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            self.task = self.bar.add_task("starting", total=total)
+        except ImportError:
+            self.bar = None
+
+    def __enter__(self) -> Progress:
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def say(self, what: str) -> None:
+        if self.bar:
+            self.bar.update(self.task, description=f"{what:<44}")
+
+    def done(self, row: dict) -> None:
+        line = describe(row)
+        if self.bar:
+            self.bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
+            self.bar.advance(self.task)
+        else:
+            print(line, flush=True)
+
+
+def describe(row: dict) -> str:
+    """One line about a finished row."""
+    short = results.summary(row)
+    if short.time_ms is not None:
+        error = row["error"]
+        accuracy = f"rmse {error['rmse']:.1e} (allowed {error['bound']:.1e})" if error else "unchecked"
+        outcome = f"{short.time_ms:>10.2f} ms {short.tflops:>7.3f} TFLOP/s  {accuracy}"
+    else:
+        outcome = f"{row['status']}: {row['reason']}"
+    return f"{row['case']:<14}{row['keys']:>7}  {row['label']:<22}{outcome}"
+
+
+class Runner:
+    """One run: its settings, its results so far, and the time that is left."""
+
+    def __init__(self, settings: Settings, folder: Path | None, command: str, earlier: dict | None = None):
+        self.start = time.monotonic()
+        self.settings = settings
+        self.scratch = Path(tempfile.mkdtemp(prefix="jaxattn-bench-"))
+        self.threads = settings.threads or environment.cores()
+        self.started_s = [START_S]
+        chosen = settings.device
+        self.judge = Child(chosen, self.threads, self.scratch / "judge.log")
+        try:
+            found = self.judge.ask("environment", 120, device=chosen)
+            if not found.pop("ok"):
+                raise RuntimeError(f"jax does not start: {found['reason']}")
+        except ChildFailure as failure:
+            raise RuntimeError(f"jax does not start: {failure.reason}") from None
+        self.device = found["device"]
+        if chosen == "cuda" and self.device != "cuda":
+            self.close()
+            raise RuntimeError(f"--device cuda: jax sees no GPU; install with {environment.CUDA_INSTALL}")
+        self.can_judge = "torch" in found["versions"]
+        if not self.can_judge:
+            found["notes"].append(
+                "torch is not installed: no float64 reference, so results are unchecked, and no torch rows. "
+                "Install with pip install -e '.[all]'"
+            )
+        for note in found["notes"]:
+            print(f"Note: {note}")
+        now = datetime.datetime.now(datetime.UTC)
+        slug = environment.slug(found["device_name"])
+        self.folder = folder or ROOT / "bench/results/runs" / f"{now:%Y%m%dT%H%M%SZ}-{slug}"
+        self.results = {
+            "schema": results.SCHEMA,
+            "date": now.isoformat(timespec="seconds"),
+            "command": command,
+            "commit": environment.commit(),
+            "settings": dataclasses.asdict(settings) | {"threads": self.threads},
+            "environment": found,
+            "method": method(self.device, self.threads),
+            "rows": [],
+        }
+        if earlier is not None:
+            self.results["rows"] = [row for row in earlier["rows"] if row["status"] in DONE]
+            self.results["resumed"] = [*earlier.get("resumed", []), earlier["date"]]
+        self.save()
+
+    def close(self) -> None:
+        self.judge.close()
+        for path in self.scratch.iterdir():
+            path.unlink()
+        self.scratch.rmdir()
+
+    def __enter__(self) -> Runner:
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    def save(self) -> None:
+        results.save(self.results, self.folder)
+
+    def left_s(self) -> float:
+        return self.settings.total_s - (time.monotonic() - self.start)
+
+    def run(self, chosen: list[Case]) -> dict:
+        """Measure the cases, saving after each row; returns what is in the results file."""
+        plan = [(case, mask, length) for case in chosen for mask in case.masks for length in self.lengths(case)]
+        total = sum(len(self.names(case)) for case, _, _ in plan)
+        with Progress(total) as progress:
+            for index, (case, mask, length) in enumerate(plan):
+                later = [
+                    self.problem(other, name, other_mask, other_length)
+                    for other, other_mask, other_length in plan[index + 1 :]
+                    for name in self.names(other)
+                ]
+                problems = [self.problem(case, name, mask, length) for name in self.names(case)]
+                self.measure(problems, later, progress)
+        return self.results
+
+    def lengths(self, case: Case) -> tuple[int, ...]:
+        if self.settings.lengths:
+            return self.settings.lengths
+        return case.quick_lengths if self.settings.quick else case.lengths
+
+    def names(self, case: Case) -> tuple[str, ...]:
+        return self.settings.implementations or case.implementations
+
+    def problem(self, case: Case, name: str, mask: str, length: int) -> Problem:
+        return Problem(
+            case=case.name,
+            implementation=name,
+            batch=case.batch,
+            queries=case.queries or length,
+            keys=length,
+            heads=case.heads,
+            kv_heads=case.kv_heads,
+            head_dim=case.head_dim,
+            mask=mask,
+            dtype=self.settings.dtype or case.dtype(self.device),
+            device=self.device,
+            direction=self.settings.direction,
+            seed=self.settings.seed,
+            threads=self.threads,
+            cold=self.settings.cold,
+            layer=adapters.find(name).layer,
+        )
+
+    def measure(self, problems: list[Problem], later: list[Problem], progress: Progress) -> None:
+        """All rows of one length: admit, start, gate, time in turns, save."""
+        done = {results.key(row) for row in self.results["rows"]}
+        rows, waiting = [], []
+        for problem in problems:
+            if problem.key() in done:
+                continue
+            row = self.new_row(problem)
+            rows.append(row)
+            reason = self.refusal(problem)
+            if reason:
+                row["status"], row["reason"] = reason
+            else:
+                waiting.append((problem, row))
+        reserved_s = sum(self.cost_s(problem, 2) for problem in later if must_run(problem, self.device))
+        admitted = []
+        order = sorted(waiting, key=lambda pair: (not must_run(pair[0], self.device), self.predicted_s(pair[0]) or 0))
+        spent_s = 0.0
+        for problem, row in order:
+            cost_s = self.cost_s(problem, 2)
+            row["predicted_s"] = self.predicted_s(problem)
+            if not self.fits(problem, row):
+                continue
+            left_s = self.left_s() - reserved_s - spent_s
+            if cost_s > left_s and not must_run(problem, self.device):
+                row["status"] = "skipped"
+                row["reason"] = f"time: about {cost_s:.0f} s predicted for two calls, {max(0, left_s):.0f} s left"
+                continue
+            spent_s += cost_s
+            admitted.append((problem, row))
+        for row in rows:
+            if row["status"] != "waiting":
+                self.finish(row, progress)
+        for batch in self.batches(admitted):
+            self.measure_batch(batch, reserved_s, bool(later), progress)
+
+    def new_row(self, problem: Problem) -> dict:
+        adapter = adapters.find(problem.implementation)
+        return dataclasses.asdict(problem) | {
+            "label": adapter.label,
+            "framework": adapter.framework,
+            "tiled": adapter.tiled,
+            "status": "waiting",
+            "reason": "",
+            "flops": problem.flops(),
+            "predicted_bytes": adapter.predicted_bytes(problem),
+            "error": None,
+            "times_s": [],
+            "device_times_s": [],
+        }
+
+    def refusal(self, problem: Problem) -> tuple[str, str] | None:
+        """(status, reason) where it is known without starting a process that this row cannot be measured."""
+        adapter = adapters.find(problem.implementation)
+        if adapter.framework == "torch":
+            if "torch" not in self.results["environment"]["versions"]:
+                return "missing", "torch is not installed"
+            torch_cuda = self.results["environment"].get("torch_cuda", True)
+            if self.device == "cuda" and torch_cuda is not True:
+                return "missing", torch_cuda
+        if adapter.layer and self.settings.quick:
+            return "skipped", "left out by --quick"
+        reason = adapter.refuses(problem)
+        return ("refused", reason) if reason else None
+
+    def fits(self, problem: Problem, row: dict) -> bool:
+        """Whether the predicted bytes are there; where not, the row says so with both numbers."""
+        row["available_bytes"] = self.available_bytes()
+        limit = MEMORY_SHARE * row["available_bytes"]
+        if row["predicted_bytes"] is None or row["predicted_bytes"] <= limit:
+            return True
+        row["status"], row["reason"] = "skipped", memory_reason(row["predicted_bytes"], limit)
+        return False
+
+    def available_bytes(self) -> int:
+        if self.device == "cuda":
+            return self.results["environment"]["memory_bytes"]
+        return environment.available_bytes()
+
+    def predicted_s(self, problem: Problem) -> float | None:
+        """Seconds of one call: the nearest shorter length's time, times the ratio of FLOPs."""
+        best = None
+        for row in self.results["rows"]:
+            same = all(
+                row[name] == getattr(problem, name)
+                for name in ("case", "mask", "implementation", "dtype", "direction", "batch", "heads", "cold")
+            )
+            if same and row["times_s"] and row["keys"] < problem.keys and (not best or row["keys"] > best["keys"]):
+                best = row
+        if best is None:
+            return None
+        return statistics.median(best["times_s"]) * problem.flops() / best["flops"]
+
+    def cost_s(self, problem: Problem, calls: int) -> float:
+        """Predicted seconds for a row: starting its process, and `calls` calls (nothing known: one second)."""
+        predicted = self.predicted_s(problem)
+        return statistics.median(self.started_s) + calls * (1.0 if predicted is None else predicted)
+
+    def batches(self, admitted: list[tuple[Problem, dict]]) -> Iterator[list[tuple[Problem, dict]]]:
+        """Rows that may live side by side: together they are predicted to fit in memory."""
+        batch, total = [], 0
+        limit = MEMORY_SHARE * self.available_bytes()
+        for problem, row in admitted:
+            need = row["predicted_bytes"] or problem.arrays_bytes()
+            if batch and total + need > limit:
+                yield batch
+                batch, total = [], 0
+            batch.append((problem, row))
+            total += need
+        if batch:
+            yield batch
+
+    def measure_batch(self, batch: list, reserved_s: float, more_later: bool, progress: Progress) -> None:
+        """Start the children together, gate them one by one, then time them in turns."""
+        children: dict[int, Child] = {}
+        began = time.monotonic()
+        progress.say(f"{batch[0][0].case} {batch[0][0].keys}: starting {len(batch)} processes")
+        try:
+            for index, (problem, _) in enumerate(batch):
+                log = self.scratch / f"{index}.log"
+                children[index] = Child(self.settings.device, self.threads, log)
+                children[index].tell("load", problem=dataclasses.asdict(problem))
+            for index, (_, row) in enumerate(batch):
+                self.step(row, lambda i=index: children[i].hear(120))
+            self.started_s.append((time.monotonic() - began) / len(batch))
+            for index, (problem, row) in enumerate(batch):
+                if row["status"] == "waiting":
+                    progress.say(f"{problem.case} {problem.keys}: {row['label']}")
+                    self.gate(problem, row, children[index])
+                if row["status"] != "ok":
+                    children.pop(index).close()
+                    self.finish(row, progress)
+            going = [(row, children[index]) for index, (_, row) in enumerate(batch) if index in children]
+            self.time_in_turns(going, reserved_s, more_later, progress)
+            for row, _ in going:
+                self.finish(row, progress)
+        finally:
+            for child in children.values():
+                child.close()
+
+    def step(self, row: dict, request) -> dict | None:
+        """One request; what goes wrong becomes the row's status and reason, and None is returned."""
+        try:
+            reply = request()
+        except ChildFailure as failure:
+            row["status"], row["reason"] = failure.status, failure.reason
+            return None
+        if not reply.pop("ok"):
+            row["status"], row["reason"] = reply["status"], reply["reason"]
+            return None
+        return reply
+
+    def gate(self, problem: Problem, row: dict, child: Child) -> None:
+        """Compile, compare the compiler's bytes with the memory, call once, judge; "ok" if it may be timed."""
+        reply = self.step(row, lambda: child.ask("compile", 180))
+        if reply is None:
+            return
+        row |= reply
+        needed, limit = reply.get("compiled_peak_bytes"), MEMORY_SHARE * self.available_bytes()
+        if needed is not None and needed > limit:
+            row["status"], row["reason"] = "skipped", memory_reason(needed, limit)
+            return
+        rows_path = self.scratch / "rows.npz"
+        patience_s = max(FIRST_LENGTH_S, 10 * (row.get("predicted_s") or 0))
+        reply = self.step(row, lambda: child.ask("first", patience_s, rows_path=str(rows_path)))
+        if reply is None:
+            return
+        row |= reply
+        if self.can_judge:
+            asked = {"problem": dataclasses.asdict(problem), "rows_path": str(rows_path)}
+            reply = self.step(row, lambda: self.judge.ask("judge", 300, **asked))
+            if reply is None:
+                return
+            row["error"] = reply
+            if not reply["right"]:
+                row["status"], row["reason"] = "wrong", reply["reason"]
+                return
+        row["status"] = "ok"
+
+    def time_in_turns(self, going: list, reserved_s: float, more_later: bool, progress: Progress) -> None:
+        """Round after round, one turn each, until every row has its repeats or the length's time is spent.
+
+        A turn of a fast implementation takes several samples, so that rounds are not all waiting.
+        """
+        end = time.monotonic() + max(0.0, self.left_s() - reserved_s)
+        if more_later:
+            end = min(end, time.monotonic() + LENGTH_S)
+        for turn in range(self.settings.repeats):
+            if not going:
+                return
+            progress.say(f"{going[0][0]['case']} {going[0][0]['keys']}: repeat {turn + 1}")
+            for row, child in going:
+                expected_s = min(row["times_s"], default=row["first_s"])
+                if row["status"] != "ok" or (row["times_s"] and time.monotonic() + expected_s > end):
+                    continue
+                count = 3 if expected_s < 0.02 else 1
+                patience_s = max(FIRST_LENGTH_S, 20 * expected_s)
+                reply = self.step(row, lambda c=child, n=count, p=patience_s: c.ask("sample", p, count=n))
+                if reply is not None:
+                    row["times_s"] += reply["times_s"]
+                    row["device_times_s"] += reply["device_times_s"]
+
+    def finish(self, row: dict, progress: Progress) -> None:
+        """A row is final: on to the disk with it."""
+        self.results["rows"].append(row)
+        self.results["seconds"] = time.monotonic() - self.start
+        self.save()
+        progress.done(row)
+
+
+def must_run(problem: Problem, device: str) -> bool:
+    """The tiled implementation that every length is measured with, whatever it takes."""
+    return problem.implementation == ("jaxattn-triton" if device == "cuda" else "jaxattn-blockwise")
+
+
+def memory_reason(needed: float, limit: float) -> str:
+    return f"memory: {needed / 1e9:.1f} GB predicted, {limit / 1e9:.1f} GB may be used"
+
+
+def method(device: str, threads: int) -> list[str]:
+    """How the figures were taken, in sentences for the report."""
+    lines = [
+        "Correct first: a result whose error against float64 breaks the accuracy rule (RMSE at most twice plain "
+        "torch's in the same dtype, plus one unit roundoff of the formula in absolute values) is not timed. "
+        "Judged on 32 query rows: the first, the last, and 30 drawn from the seed; a layer on its first 256 "
+        "tokens against Hugging Face's eager layer in float64.",
+        "Same inputs from one seed, in [B, T, N, H] layout, for both frameworks; queries are 3 times unit normal, "
+        "so that attention is peaked.",
+        "Each measurement in a fresh process; the processes of one length are timed in turns, one call each. "
+        "The first call warms up and is not counted.",
+        "TFLOP/s: 4 * H for each (query, key) pair that the mask allows; causal counts half of T * S.",
+        "float32 products are full float32 in both frameworks: TF32 is off.",
+        "torch runs under inference_mode; its keys are not copied for grouped heads where it takes them grouped.",
+    ]
+    if device == "cuda":
+        lines.append(
+            "End to end: one call and a wait for the device. Device: calls queued for about 20 ms and one wait, "
+            "per call; the same way for both frameworks."
+        )
+        lines.append("Memory: the peak of each framework's own allocator, inputs included.")
+    else:
+        lines.append(f"{threads} threads for both frameworks; a call's time is end to end, waited for.")
+        lines.append("Memory: peak resident memory above what the process held before its inputs.")
+    return lines
