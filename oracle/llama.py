@@ -51,6 +51,7 @@ class Case:
     inv_freq: np.ndarray
     attention_scaling: float
     targets: dict[str, Target]
+    plain_output: np.ndarray
 
 
 def layer_case(model, x: np.ndarray, dtype: str, *, layer: int = 0, positions=None, mask=None) -> Case:
@@ -101,14 +102,18 @@ def layer_case(model, x: np.ndarray, dtype: str, *, layer: int = 0, positions=No
         inv_freq=to_numpy(rotary.inv_freq).astype(np.float32),
         attention_scaling=float(rotary.attention_scaling),
         targets=targets,
+        plain_output=near["output"],
     )
 
 
-def run_stages(module, rotary, x: torch.Tensor, positions: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
+def run_stages(
+    module, rotary, x: torch.Tensor, positions: np.ndarray, mask: np.ndarray, kind: str | None = None
+) -> dict[str, np.ndarray]:
     """Run a Hugging Face attention module once and return what its hooks saw, heads as [B, T, N, H].
 
     Args: module: a `self_attn`. rotary: the model's rotary embedding. x: [B, T, D] in the module's dtype.
-      positions: int [B, T]. mask: boolean [B|1, 1, T, T], True where attention is allowed.
+      positions: int [B, T]. mask: boolean [B|1, 1, T, T], True where attention is allowed. kind: an
+      attention of transformers' ("sdpa") to use as it is, unseen; None is the eager one, with its stages.
 
     >>> from oracle import checkpoint
     >>> model = checkpoint.random_model(checkpoint.TINY)
@@ -126,7 +131,7 @@ def run_stages(module, rotary, x: torch.Tensor, positions: np.ndarray, mask: np.
     ]
     allowed = torch.from_numpy(np.array(np.broadcast_to(mask, (x.shape[0], 1, *mask.shape[2:]))))
     additive = torch.zeros(allowed.shape, dtype=x.dtype).masked_fill(~allowed, torch.finfo(x.dtype).min)
-    with torch.no_grad(), _capturing(module, seen):
+    with torch.no_grad(), _capturing(module, seen, kind):
         tables = rotary(x, torch.from_numpy(positions))
         try:
             output, _ = module(hidden_states=x, position_embeddings=tables, attention_mask=additive)
@@ -165,6 +170,40 @@ def attention_input(model, tokens: np.ndarray, *, layer: int = 0) -> np.ndarray:
     return to_numpy(caught["x"])
 
 
+def hugging_face_is_sound(model, x: np.ndarray, *, layer: int = 0) -> list[str]:
+    """Whether the oracle itself can be trusted on x: what is wrong with it, nothing where it is sound.
+
+    Checked in float32: with the explicit causal mask a change of the last token changes no earlier output,
+    and the eager and the sdpa attention of transformers agree to 1e-5 of the output's scale.
+
+    Args: model, x [B, T, D], layer: as `layer_case`.
+    Returns: one sentence per problem.
+
+    >>> from oracle import checkpoint
+    >>> hugging_face_is_sound(checkpoint.random_model(checkpoint.TINY), np.ones((1, 5, 32)))
+    []
+    """
+    module = copy.deepcopy(model.model.layers[layer].self_attn).float().eval()
+    B, T, _ = x.shape
+    mask, positions = np.tril(np.ones((T, T), bool))[None, None], np.broadcast_to(np.arange(T), (B, T)).copy()
+    x = torch.from_numpy(np.asarray(x, np.float32))
+    changed = x.clone()
+    changed[:, -1] += 1.0
+
+    def output(x, kind=None):
+        return run_stages(module, model.model.rotary_emb, x, positions, mask, kind)["output"]
+
+    eager, problems = output(x), []
+    if not np.array_equal(eager[:, :-1], output(changed)[:, :-1]):
+        problems.append("Hugging Face's layer is not causal under the explicit causal mask")
+    if np.array_equal(eager[:, -1], output(changed)[:, -1]):
+        problems.append("a change of the last token does not change the last output")
+    difference = np.abs(eager - output(x, "sdpa")).max()
+    if not difference <= 1e-5 * np.abs(eager).max():
+        problems.append(f"Hugging Face's eager and sdpa attention differ by {difference:.3g}")
+    return problems
+
+
 def layer_weights(model, layer: int = 0) -> dict[str, np.ndarray]:
     """An attention layer's weights under Hugging Face's names, with `inv_freq` and `attention_scaling`.
 
@@ -198,7 +237,7 @@ def peakedness(stages: dict[str, np.ndarray], mask: np.ndarray) -> float:
 
 
 @contextlib.contextmanager
-def _capturing(module, seen: dict[str, np.ndarray]) -> Iterator[None]:
+def _capturing(module, seen: dict[str, np.ndarray], kind: str | None) -> Iterator[None]:
     """Route the module's attention through a function that keeps what it is given and what it gives."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     from transformers.models.llama.modeling_llama import eager_attention_forward, repeat_kv
@@ -221,7 +260,7 @@ def _capturing(module, seen: dict[str, np.ndarray]) -> Iterator[None]:
 
     ALL_ATTENTION_FUNCTIONS.register(_CAPTURE, capture)
     before = module.config._attn_implementation
-    module.config._attn_implementation = _CAPTURE
+    module.config._attn_implementation = _CAPTURE if kind is None else kind
     try:
         yield
     finally:
@@ -229,31 +268,44 @@ def _capturing(module, seen: dict[str, np.ndarray]) -> Iterator[None]:
 
 
 def _absolute_stages(module, rotary, x, positions, mask, right) -> dict[str, np.ndarray]:
-    """Each stage's formula with every term in absolute value, given the exact stages before it."""
+    """Each stage's formula with every term in absolute value, given exact earlier stages where it is not
+    linear.
+
+    Rotated queries and keys are sums over x and the projection's weights, the context is a sum over the
+    values and theirs. The logits are products: |q| |k| for their own rounding, and for that of q and k,
+    independent from one dimension to the next, the root of the sum of squares of (|x| |wq|) k and q (|x|
+    |wk|).
+    """
     H = module.head_dim
 
-    def project(projection, y, heads=True):
+    def project(projection, y):
         with torch.no_grad():
-            z = y.abs() @ projection.weight.abs().T
-            z = z if projection.bias is None else z + projection.bias.abs()
-        return to_numpy(z.view(*z.shape[:2], -1, H) if heads else z)
+            z = y @ projection.weight.abs().T
+            return z if projection.bias is None else z + projection.bias.abs()
 
-    size = {
-        "query": project(module.q_proj, x),
-        "key": project(module.k_proj, x),
-        "value": project(module.v_proj, x),
-    }
+    def heads(y):
+        return to_numpy(y.view(*y.shape[:2], -1, H))
+
+    projections = {"query": module.q_proj, "key": module.k_proj, "value": module.v_proj}
+    size = {name: heads(project(projection, x.abs())) for name, projection in projections.items()}
     cos, sin = (np.abs(to_numpy(table))[:, :, None] for table in rotary(x, torch.from_numpy(positions)))
     R = cos.shape[-1]
     for name in ("query", "key"):
-        turned = np.abs(right[name])
-        half = np.concatenate([turned[..., R // 2 : R], turned[..., : R // 2]], -1)
-        turned[..., :R] = turned[..., :R] * cos + half * sin
+        turned = size[name].copy()
+        swapped = np.concatenate([turned[..., R // 2 : R], turned[..., : R // 2]], -1)
+        turned[..., :R] = turned[..., :R] * cos + swapped * sin
         size["rotated_" + name] = turned
-    sums = attention.absolute(
-        right["rotated_query"], right["rotated_key"], right["value"], mask=mask, scale=module.scaling
-    )
-    size["log_sum_exp"], size["context"] = sums.lse, sums.out
-    context = torch.from_numpy(sums.out).reshape(*x.shape[:2], -1)
-    size["output"] = project(module.o_proj, context, heads=False)
+    repeat = module.num_key_value_groups
+    exact_q, exact_k = right["rotated_query"], np.repeat(right["rotated_key"], repeat, 2)
+    logits_BNTS = module.scaling * np.einsum("btnh,bsnh->bnts", exact_q, exact_k)
+    p_BNTS = np.where(mask, np.exp(logits_BNTS - right["log_sum_exp"].swapaxes(1, 2)[..., None]), 0)
+    size_q, size_k = size["rotated_query"], np.repeat(size["rotated_key"], repeat, 2)
+    own_BNTS = np.einsum("btnh,bsnh->bnts", np.abs(exact_q), np.abs(exact_k))
+    inputs_BNTS = np.einsum("btnh,bsnh->bnts", size_q**2, exact_k**2)
+    inputs_BNTS += np.einsum("btnh,bsnh->bnts", exact_q**2, size_k**2)
+    lse_BNT = abs(module.scaling) * (p_BNTS * (own_BNTS + np.sqrt(inputs_BNTS))).sum(-1)
+    size["log_sum_exp"] = np.abs(right["log_sum_exp"]) + lse_BNT.swapaxes(1, 2)
+    size["context"] = np.einsum("bnts,bsnh->btnh", p_BNTS, np.repeat(size["value"], repeat, 2))
+    context = torch.from_numpy(np.abs(right["context"])).reshape(*x.shape[:2], -1)
+    size["output"] = to_numpy(project(module.o_proj, context))
     return size
