@@ -40,47 +40,67 @@ def independent(function: Callable, axes_in, axes_out, summed=None) -> Callable:
         def flat_function(*flat):
             return function(*jax.tree.unflatten(tree, flat))
 
-        shapes = jax.eval_shape(flat_function, *flat)
+        shapes = jax.eval_shape(flat_function, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat))
         letters_out = _letters(axes_out, shapes)
         sums = [""] * len(letters_out) if summed is None else jax.tree.leaves(summed)
 
-        def partition(mesh, arg_shapes, result_shapes):
-            split = {"b": None, "k": None}
-            for shape, letters in zip(arg_shapes, letters_in, strict=True):
-                for letter, axis in zip(letters, shape.sharding.spec, strict=False):
-                    if letter in split and axis is not None and split[letter] is None:
-                        split[letter] = axis
-            if split["k"] == split["b"]:  # one mesh axis cannot split both
-                split["k"] = None
-            split["n"] = split["k"]
-
-            def shardings(all_letters):
-                specs = [PartitionSpec(*(split.get(x) for x in letters)) for letters in all_letters]
-                return tuple(NamedSharding(mesh, spec) for spec in specs)
-
-            def local(*flat):
+        def local(split):
+            def run(*flat):
                 results = []
                 for result, over in zip(jax.tree.leaves(flat_function(*flat)), sums, strict=True):
                     names = tuple(split[letter] for letter in over if split[letter] is not None)
                     results.append(jax.lax.psum(result, names) if names else result)
                 return tuple(results)
 
-            return mesh, local, shardings(letters_out), shardings(letters_in)
+            return run
 
-        partitioned = custom_partitioning(lambda *flat: tuple(jax.tree.leaves(flat_function(*flat))))
-        partitioned.def_partition(partition=partition, **_sharding_rule(letters_in, letters_out, sizes))
-        return jax.tree.unflatten(jax.tree.structure(shapes), partitioned(*flat))
+        def partition(mesh, arg_shapes, result_shapes):
+            split = _split(letters_in, [x.sharding.spec for x in arg_shapes])
+            outer, inner = (
+                tuple(NamedSharding(mesh, spec) for spec in _specs(letters, split))
+                for letters in (letters_out, letters_in)
+            )
+            return mesh, local(split), outer, inner
+
+        split = _split(letters_in, [jax.typeof(x).sharding.spec for x in flat])
+        if any(split.values()):  # a mesh with explicit axes: the types say how the arrays are split
+            results = jax.shard_map(
+                local(split),
+                in_specs=tuple(_specs(letters_in, split)),
+                out_specs=tuple(_specs(letters_out, split)),
+                check_vma=False,
+            )(*flat)
+        else:  # the partitioner decides, or there is one device
+            partitioned = custom_partitioning(lambda *flat: tuple(jax.tree.leaves(flat_function(*flat))))
+            partitioned.def_partition(partition=partition, **_sharding_rule(letters_in, letters_out, sizes))
+            results = partitioned(*flat)
+        return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
     return call
+
+
+def _split(all_letters, specs) -> dict:
+    """The mesh axis, if any, that splits the batch (b), and the one that splits the heads (k and n)."""
+    split = {"b": None, "k": None}
+    for letters, spec in zip(all_letters, specs, strict=True):
+        for letter, axis in zip(letters, spec, strict=False):
+            if letter in split and split[letter] is None:
+                split[letter] = axis
+    if split["k"] == split["b"]:  # one mesh axis cannot split both
+        split["k"] = None
+    return split | {"n": split["k"]}
+
+
+def _specs(all_letters, split) -> list[PartitionSpec]:
+    return [PartitionSpec(*(split.get(letter) for letter in letters)) for letters in all_letters]
 
 
 def _letters(axes, arrays) -> list[str]:
     """One string for each array; axes of length 1 cannot be split and become `.`."""
     letters = jax.tree.leaves(axes)
-    flat = jax.tree.leaves(arrays)
     return [
         "".join("." if n == 1 else x for x, n in zip(names, array.shape, strict=True))
-        for names, array in zip(letters, flat, strict=True)
+        for names, array in zip(letters, jax.tree.leaves(arrays), strict=True)
     ]
 
 
