@@ -1,0 +1,230 @@
+"""Planted faults: the mistakes of people who port attention, put into jaxattn's real code path, to be caught.
+
+Design fact: every fault is a context manager that replaces something the code looks up when it runs (a
+module's function, a class's method), clears jit's caches on the way in and out, and puts everything back.
+Nothing is planted in a copy, so a parity run that passes with a fault in place has a hole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxattn import api, llama, masks, online_softmax, rope
+from jaxattn.impl import base
+from oracle import parity
+from oracle.attention import judge
+from oracle.llama import STAGES, Case
+
+LEAST_MARGIN = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Fault:
+    """A mistake that can be planted.
+
+    name: also what `oracle.diff` should call it. plant: the context manager. partial: it needs partial RoPE.
+    implementations: those whose code has the place. raises: the mistake must raise an error instead of
+    differing.
+    """
+
+    name: str
+    plant: Callable[[], contextlib.AbstractContextManager]
+    implementations: tuple[str, ...] = ("naive", "blockwise")
+    partial: bool = False
+    raises: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Caught:
+    """What parity said with a fault in place; margin is error / allowed error, infinite where it raised as
+    it must.
+
+    stage: the first stage that fails, None where none does.
+    """
+
+    fault: Fault
+    implementation: str
+    margin: float
+    stage: str | None
+
+    def __bool__(self) -> bool:
+        return self.margin >= LEAST_MARGIN
+
+    def __str__(self) -> str:
+        margin = "raised" if math.isinf(self.margin) else f"{self.margin:.3g}"
+        verdict = "caught" if self else f"NOT CAUGHT: the margin must be at least {LEAST_MARGIN:g}"
+        return f"{self.fault.name:<34} {self.implementation:<12} {margin:>9} {self.stage or '-':<14} {verdict}"
+
+
+HEADER = "{:<34} {:<12} {:>9} {:<14} verdict".format("planted fault", "implementation", "margin", "first stage")
+
+
+def catch(fault: Fault, subject: parity.Subject, case: Case, implementation: Any) -> Caught:
+    """Run parity with the fault planted and say by how much it was caught.
+
+    Args: fault. subject, case: float32; with partial RoPE where the fault needs it. implementation: an
+    object or name.
+    Returns: `Caught`; its margin is the largest over the stages.
+    Raises: RuntimeError where the fault left something behind, so that later results would be worth nothing.
+    """
+    label = implementation if isinstance(implementation, str) else implementation.name
+    before = _patchable()
+    with planted(fault):
+        try:
+            ours = parity.our_stages(subject.config, case, implementation, eager=subject.eager)
+        except ValueError:
+            if not fault.raises:
+                raise
+            return Caught(fault, label, math.inf, "load")
+    if _patchable() != before:
+        raise RuntimeError(f"the fault {fault.name!r} was not taken out again")
+    if fault.raises:
+        return Caught(fault, label, 0.0, None)
+    verdicts = {stage: judge(stage, ours[stage], case.targets[stage]) for stage in STAGES}
+    margin = max(_margin(verdict.rmse, verdict.bound) for verdict in verdicts.values())
+    return Caught(fault, label, margin, next((stage for stage, verdict in verdicts.items() if not verdict), None))
+
+
+@contextlib.contextmanager
+def planted(fault: Fault) -> Iterator[None]:
+    """The fault in place, and compiled programs from before and after thrown away."""
+    jax.clear_caches()
+    try:
+        with fault.plant():
+            yield
+    finally:
+        jax.clear_caches()
+
+
+def _margin(rmse: float, bound: float) -> float:
+    return math.inf if math.isnan(rmse) or math.isinf(rmse) else rmse / bound
+
+
+def _patchable() -> tuple:
+    return (
+        api._choose,
+        api._check,
+        llama.load_attention,
+        masks.Causal.allows,
+        masks.Causal.tile,
+        online_softmax.rescale,
+        rope.frequencies,
+        rope._llama3,
+        rope._split_pairs,
+        rope._join_pairs,
+    )
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    original = owner.__dict__[name]
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def tiled_kv_heads():
+    """Query head n reads key/value head n % K instead of n // G."""
+    choose = api._choose
+
+    @dataclasses.dataclass(frozen=True)
+    class Tiled(base.Implementation):
+        inner: base.Implementation
+
+        def attend(self, problem):
+            _, _, _, N, K, G = problem.sizes
+            # Ours gives head i the KV head i // G; the mistaken head n = g * K + k stands at i = k * G + g.
+            order = np.arange(N).reshape(G, K).T.ravel()
+            out, lse = self.inner.attend(dataclasses.replace(problem, query=problem.query[:, :, order]))
+            return out[:, :, np.argsort(order)], lse[:, :, np.argsort(order)]
+
+    return _replaced(api, "_choose", lambda implementation, problem: Tiled(choose(implementation, problem)))
+
+
+def accumulator_not_rescaled():
+    """The accumulator keeps what it gathered under an old maximum."""
+    return _replaced(online_softmax, "rescale", lambda accumulator, factor: accumulator)
+
+
+def no_llama3_scaling():
+    """The frequencies of Llama 3's rule are those without it."""
+    return _replaced(rope, "_llama3", lambda inv_freq, scaling: inv_freq)
+
+
+@contextlib.contextmanager
+def swapped_rope_layout() -> Iterator[None]:
+    """Interleaved pairs are rotated where half-split ones should be, and the other way round."""
+    split, join = rope._split_pairs, rope._join_pairs
+    other = {"half": "interleaved", "interleaved": "half"}
+    with (
+        _replaced(rope, "_split_pairs", lambda x, layout: split(x, other[layout])),
+        _replaced(rope, "_join_pairs", lambda a, b, layout: join(a, b, other[layout])),
+    ):
+        yield
+
+
+def whole_head_rotated():
+    """All of each head is rotated where only a part should be."""
+    frequencies = rope.frequencies
+
+    def whole(config, length=None):
+        return frequencies(dataclasses.replace(config, rotary_dim=config.head_dim), length)
+
+    return _replaced(rope, "frequencies", whole)
+
+
+@contextlib.contextmanager
+def mask_off_by_one() -> Iterator[None]:
+    """The causal mask lets every query see the next key too."""
+    allows, tile = masks.Causal.allows, masks.Causal.tile
+
+    def one_more(causal):
+        return masks.Causal(causal.offset + 1)
+
+    with (
+        _replaced(masks.Causal, "allows", lambda self, t, s, take=masks.gather: allows(one_more(self), t, s, take)),
+        _replaced(masks.Causal, "tile", lambda self, t, s: tile(one_more(self), t, s)),
+    ):
+        yield
+
+
+def wrong_scale():
+    """Logits are divided by H instead of its root."""
+    check = api._check
+
+    def checked(*args):
+        problem, batched = check(*args)
+        return dataclasses.replace(problem, scale=1.0 / problem.query.shape[-1]), batched
+
+    return _replaced(api, "_check", checked)
+
+
+def full_mha_shapes():
+    """The configuration forgets that there are fewer key/value heads than query heads."""
+    load = llama.load_attention
+
+    def forgetful(config, *args, **options):
+        return load(dataclasses.replace(config, n_kv_heads=config.n_heads), *args, **options)
+
+    return _replaced(llama, "load_attention", forgetful)
+
+
+FAULTS = (
+    Fault("KV heads tiled, not repeated", tiled_kv_heads),
+    Fault("accumulator not rescaled", accumulator_not_rescaled, implementations=("blockwise",)),
+    Fault("no Llama-3 scaling", no_llama3_scaling),
+    Fault("RoPE layout swapped", swapped_rope_layout),
+    Fault("whole head rotated, not a part", whole_head_rotated, partial=True),
+    Fault("mask off by one", mask_off_by_one),
+    Fault("wrong scale", wrong_scale),
+    Fault("full-MHA shapes", full_mha_shapes, raises=True),
+)
