@@ -5,6 +5,7 @@ from jaxattn.impl.blockwise import Blockwise
 from jaxattn.impl.loops import Loops
 from jaxattn.impl.naive import Naive
 from jaxattn.masks import (
+    Blocks,
     Causal,
     Dense,
     Dilated,
@@ -17,8 +18,20 @@ from jaxattn.masks import (
     Window,
 )
 from jaxattn.online_softmax import merge
+from jaxattn.patterns import (
+    attention_sinks,
+    bigbird,
+    chunked,
+    dilated,
+    document_causal,
+    longformer,
+    prefix_lm,
+    sliding_window,
+    strided,
+)
 
 __all__ = [
+    "Blocks",
     "Blockwise",
     "Causal",
     "Dense",
@@ -32,8 +45,17 @@ __all__ = [
     "RandomBlocks",
     "SegmentIds",
     "Window",
+    "attention_sinks",
     "attention_weights",
+    "bigbird",
+    "chunked",
+    "dilated",
+    "document_causal",
     "dot_product_attention",
     "explain",
+    "longformer",
     "merge",
+    "prefix_lm",
+    "sliding_window",
+    "strided",
 ]

@@ -98,7 +98,7 @@ class Mask:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Mask):
-                value.check(B, N, None if isinstance(self, Shifted) else T, S)
+                value.check(B, N, *self._inner_lengths(T, S))
             elif isinstance(value, (np.ndarray, jax.Array)):
                 fitting = self._fitting_shape(field.name, value.ndim, {"B": B, "N": N, "T": T, "S": S})
                 if any(n not in sizes for n, (_, sizes) in zip(value.shape, fitting, strict=True)):
@@ -106,6 +106,10 @@ class Mask:
                     raise ValueError(
                         f"{type(self).__name__} {field.name} has shape {list(value.shape)}, but must fit [{wanted}]"
                     )
+
+    def _inner_lengths(self, T: int | None, S: int) -> tuple[int | None, int]:
+        """The numbers of queries and keys that a mask inside this one sees."""
+        return T, S
 
     def _fitting_shape(self, field: str, ndim: int, size: dict[str, int]) -> list[tuple[str, tuple[int, ...]]]:
         """For each axis of an array field, its letter and the lengths it may have; numbers are [] or [B]."""
@@ -275,6 +279,11 @@ class Causal(Mask):
 
     Args:
       offset: an int, or an int array of shape [] or [B] (decoding: the number of keys already in the cache).
+
+    Example:
+      >>> print(Causal(offset=2).show(2, 4))
+      ###.
+      ####
     """
 
     offset: Any = 0
@@ -295,6 +304,12 @@ class Window(Mask):
     """t - left <= s <= t + right, both ends included; None leaves that side open.
 
     Source: Beltagy et al., Longformer (2020), section 3.1, sliding window.
+
+    Example:
+      >>> print(Window(1, 0).show(3, 3))
+      #..
+      ##.
+      .##
     """
 
     left: int | None
@@ -335,7 +350,13 @@ class Window(Mask):
 class Dilated(Mask):
     """(t - s) mod stride == 0.
 
-    Source: Child et al., Sparse Transformers (2019), section 4.2, strided attention's second head.
+    Source: Child et al., Sparse Transformers (2019), section 4.3, strided attention's second head.
+
+    Example:
+      >>> print(Dilated(2).show(3, 5))
+      #.#.#
+      .#.#.
+      #.#.#
     """
 
     stride: int
@@ -360,6 +381,12 @@ class Global(Mask):
       tokens: token positions, or an int n for the first n.
 
     Source: Beltagy et al., Longformer (2020), section 3.1, global attention.
+
+    Example:
+      >>> print(Global([1]).show(3, 3))
+      .#.
+      ###
+      .#.
     """
 
     tokens: int | tuple[int, ...]
@@ -402,6 +429,13 @@ class RandomBlocks(Mask):
       seed: an int.
 
     Source: Zaheer et al., Big Bird (2020), section 2, random attention; the hash is Wellons' lowbias32 (2018).
+
+    Example:
+      >>> print(RandomBlocks(block=2, count=1, num_blocks=3).show(4, 6))
+      ##....
+      ##....
+      ##....
+      ##....
     """
 
     block: int
@@ -446,6 +480,12 @@ class SegmentIds(Mask):
     Args:
       query: integer array [T] or [B, T].
       key: integer array [S] or [B, S]; the query's where it is absent (self-attention).
+
+    Example:
+      >>> print(SegmentIds([0, 0, 1]).show(3, 3))
+      ##.
+      ##.
+      ..#
     """
 
     query: Any
@@ -516,6 +556,12 @@ class Lengths(Mask):
 
     Args:
       query, key: an int, or an int array of shape [] or [B].
+
+    Example:
+      >>> print(Lengths(query=2, key=1).show(3, 3))
+      #..
+      #..
+      ...
     """
 
     query: Any = None
@@ -545,7 +591,13 @@ class Lengths(Mask):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dense(Mask):
-    """array[..., t, s]: any boolean array of 2 to 4 dimensions that broadcasts to [B, N, T, S]."""
+    """array[..., t, s]: any boolean array of 2 to 4 dimensions that broadcasts to [B, N, T, S].
+
+    Example:
+      >>> print(Dense([[True, False]]).show(2, 2))
+      #.
+      #.
+    """
 
     array: Any
 
@@ -589,10 +641,13 @@ class Dense(Mask):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Shifted(Mask):
-    """mask.allows(t + offset, s)."""
+    """mask.allows(t + offset, s): what `mask.shift(offset)` makes."""
 
     mask: Mask
     offset: Any
+
+    def _inner_lengths(self, T, S):
+        return None, S
 
     def allows(self, t, s, take=gather):
         return self.mask.allows(t + _read(self.offset, take), s, take)
@@ -600,6 +655,42 @@ class Shifted(Mask):
     def tile(self, t, s):
         offset = _read(self.offset, gather)
         return self.mask.tile(Span(t.start + offset, t.stop + offset, t.size), s)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Blocks(Mask):
+    """mask.allows(t // size, s // size): the mask on blocks of tokens instead of tokens.
+
+    Args:
+      mask: what blocks may attend: `Window(0, 0)` keeps attention inside a block, `Causal()` is block-causal.
+      size: tokens a block.
+
+    Source: Zaheer et al., Big Bird (2020), appendix D, blocked attention.
+
+    Example:
+      >>> print(Blocks(Causal(), 2).show(4, 4))
+      ##..
+      ##..
+      ####
+      ####
+    """
+
+    mask: Mask
+    size: int
+
+    def __post_init__(self):
+        _mask(self.mask)
+        object.__setattr__(self, "size", _integer(self.size, "Blocks size", least=1))
+
+    def _inner_lengths(self, T, S):
+        return None if T is None else -(-T // self.size), -(-S // self.size)
+
+    def allows(self, t, s, take=gather):
+        return self.mask.allows(t // self.size, s // self.size, take)
+
+    def tile(self, t, s):
+        blocks = [Span(x.start // self.size, (x.stop - 1) // self.size + 1, x.size // self.size + 2) for x in (t, s)]
+        return self.mask.tile(*blocks)
 
 
 class _Combination(Mask):
