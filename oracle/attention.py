@@ -370,8 +370,7 @@ class _Slice:
         )
         grads = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True)]
         grads = [
-            torch.where(torch.isneginf(bias), 0, g) if x is bias else g
-            for g, x in zip(grads, leaves, strict=True)
+            torch.where(torch.isneginf(bias), 0, g) if x is bias else g for g, x in zip(grads, leaves, strict=True)
         ]
         return (out, lse, *grads, *([None] if bias is None else []))
 
@@ -468,9 +467,7 @@ def _run(
         array = np.asarray(array)
         array = array.reshape((1,) * (4 - array.ndim) + array.shape)
         if any(a not in (1, b) for a, b in zip(array.shape, (B, N, T, S), strict=True)):
-            raise ValueError(
-                f"{name} has shape {array.shape}; it must broadcast to (B, N, T, S) = {(B, N, T, S)}"
-            )
+            raise ValueError(f"{name} has shape {array.shape}; it must broadcast to (B, N, T, S) = {(B, N, T, S)}")
         return array
 
     bias_shape = None if bias is None else np.shape(bias)
@@ -513,9 +510,7 @@ def _run(
                         bias=tensor(part(bias, b, heads, rows)),
                         mask=tensor(part(mask, b, heads, rows)),
                         do=tensor(None if cotangent is None else cotangent[b, rows, heads].swapaxes(0, 1)),
-                        dlse=tensor(
-                            None if lse_cotangent is None else lse_cotangent[b, rows, heads].swapaxes(0, 1)
-                        ),
+                        dlse=tensor(None if lse_cotangent is None else lse_cotangent[b, rows, heads].swapaxes(0, 1)),
                         scale=scale,
                         cap=cap,
                     )

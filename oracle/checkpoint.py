@@ -110,9 +110,7 @@ def make(
     'model.safetensors'
     """
     if dtype not in _DTYPES or form not in ("safetensors", "sharded", "bin"):
-        raise ValueError(
-            f"dtype={dtype!r} must be one of {sorted(_DTYPES)}, form={form!r} safetensors, sharded or bin"
-        )
+        raise ValueError(f"dtype={dtype!r} must be one of {sorted(_DTYPES)}, form={form!r} safetensors, sharded or bin")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     model = random_model(shapes, seed).to(_DTYPES[dtype])
@@ -178,9 +176,7 @@ def find(checkpoint: str | Path) -> Path:
     if folder.is_dir():
         if (folder / "config.json").is_file() or (folder / "params.json").is_file():
             return folder
-        raise FileNotFoundError(
-            f"{folder} holds neither config.json nor params.json: it is no checkpoint folder"
-        )
+        raise FileNotFoundError(f"{folder} holds neither config.json nor params.json: it is no checkpoint folder")
     parts = str(checkpoint).split("/")
     if len(parts) != 2 or not all(parts) or parts[0] in (".", ".."):
         raise FileNotFoundError(f"{checkpoint} is neither a folder nor a hub id of the form OWNER/NAME")
@@ -198,7 +194,8 @@ def find(checkpoint: str | Path) -> Path:
 def load_model(checkpoint: str | Path, dtype: str = "float32", attention: str = "eager"):
     """Hugging Face's own model of a checkpoint, in eval mode.
 
-    Args: checkpoint: folder or hub id. dtype: of weights and activations. attention: "eager", "sdpa".
+    Args: checkpoint: folder or hub id. dtype: of weights and activations, "auto" for the stored one.
+    attention: "eager", "sdpa".
     Returns: a transformers causal language model. Raises: FileNotFoundError as `find`.
 
     >>> import tempfile
@@ -207,7 +204,7 @@ def load_model(checkpoint: str | Path, dtype: str = "float32", attention: str = 
     """
     from transformers import AutoModelForCausalLM
 
-    dtypes = _DTYPES | {"float64": torch.float64}
+    dtypes = _DTYPES | {"float64": torch.float64, "auto": "auto"}
     model = AutoModelForCausalLM.from_pretrained(
         find(checkpoint), dtype=dtypes[dtype], attn_implementation=attention, local_files_only=True
     )
@@ -238,20 +235,14 @@ def read_pickle(path: str | Path) -> dict[str, np.ndarray]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"{path} cannot be read as a dict of tensors, and nothing in it was run: {first}"
-        ) from error
+        raise ValueError(f"{path} cannot be read as a dict of tensors, and nothing in it was run: {first}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; it must hold a dict of names and tensors")
     wrong = [
-        repr(k)
-        for k, v in content.items()
-        if not isinstance(k, str) or not isinstance(v, torch.Tensor | int | float)
+        repr(k) for k, v in content.items() if not isinstance(k, str) or not isinstance(v, torch.Tensor | int | float)
     ]
     if wrong:
-        raise ValueError(
-            f"{path} must hold names with tensors; these entries are none: {', '.join(wrong[:10])}"
-        )
+        raise ValueError(f"{path} must hold names with tensors; these entries are none: {', '.join(wrong[:10])}")
     return {k: to_numpy(v) if isinstance(v, torch.Tensor) else np.float64(v) for k, v in content.items()}
 
 

@@ -78,7 +78,7 @@ def catch(fault: Fault, subject: parity.Subject, case: Case, implementation: Any
     before = _patchable()
     with planted(fault):
         try:
-            ours = parity.our_stages(subject.config, case, implementation, eager=subject.eager)
+            ours = parity.our_stages(subject, case, implementation)
         except ValueError:
             if not fault.raises:
                 raise

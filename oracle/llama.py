@@ -48,8 +48,6 @@ class Case:
     positions: np.ndarray
     mask: np.ndarray
     weights: dict[str, np.ndarray]
-    inv_freq: np.ndarray
-    attention_scaling: float
     targets: dict[str, Target]
     plain_output: np.ndarray
 
@@ -71,23 +69,43 @@ def layer_case(model, x: np.ndarray, dtype: str, *, layer: int = 0, positions=No
     >>> layer_case(checkpoint.random_model(checkpoint.TINY), x, "float32").targets["key"].value.shape
     (1, 6, 2, 16)
     """
+    rotary = model.model.rotary_emb
+    return _case(model.model.layers[layer].self_attn, rotary, run_stages, x, dtype, positions, mask)
+
+
+def file_case(tensors: dict[str, np.ndarray], x: np.ndarray, dtype: str, *, positions=None, mask=None) -> Case:
+    """As `layer_case`, for the tensors of a layer file and without transformers: the layer is written out in
+    torch.
+
+    Args: tensors: of `layer_weights`, all dimensions of a head rotated (H = 2 * len(inv_freq)). Others as
+    there.
+
+    >>> from oracle import checkpoint
+    >>> tensors = layer_weights(checkpoint.random_model(checkpoint.TINY))
+    >>> file_case(tensors, np.ones((1, 3, 32)), "float32").targets["output"].value.shape
+    (1, 3, 32)
+    """
+    module = WrittenOut(tensors)
+    return _case(module, module.tables, WrittenOut.stages, x, dtype, positions, mask)
+
+
+def _case(module, rotary, run, x, dtype: str, positions, mask) -> Case:
     B, T, _ = x.shape
     x = to_torch(np.asarray(x, np.float64)).to(_DTYPES[dtype])
     positions = np.broadcast_to(np.arange(T) if positions is None else positions, (B, T)).copy()
     mask = np.tril(np.ones((T, T), bool))[None, None] if mask is None else np.asarray(mask)
-    rotary = model.model.rotary_emb
-    # Float64 modules hold the weights that the dtype under test can hold.
-    tested = copy.deepcopy(model.model.layers[layer].self_attn).to(_DTYPES[dtype]).eval()
+    # The float64 module holds the weights that the dtype under test can hold.
+    tested = copy.deepcopy(module).to(_DTYPES[dtype]).eval()
     exact = copy.deepcopy(tested).double()
-    right = target = run_stages(exact, rotary, x.double(), positions, mask)
+    right = target = run(exact, rotary, x.double(), positions, mask)
     if dtype == "float64":
         # As `attention.accuracy_bound` does: float64's own error is seen in float32 and scaled.
         coarse, coarse_x = copy.deepcopy(tested).float(), x.float()
-        target = run_stages(copy.deepcopy(coarse).double(), rotary, coarse_x.double(), positions, mask)
+        target = run(copy.deepcopy(coarse).double(), rotary, coarse_x.double(), positions, mask)
         ratio = attention.unit_roundoff(np.float64) / attention.unit_roundoff(np.float32)
     else:
         coarse, coarse_x, ratio = tested, x, 1.0
-    near = run_stages(coarse, rotary, coarse_x, positions, mask)
+    near = run(coarse, rotary, coarse_x, positions, mask)
     size = _absolute_stages(exact, rotary, x.double(), positions, mask, right)
     unit = np.dtype(to_numpy(x).dtype)
     targets = {}
@@ -99,11 +117,74 @@ def layer_case(model, x: np.ndarray, dtype: str, *, layer: int = 0, positions=No
         positions=positions,
         mask=mask,
         weights={name: to_numpy(value) for name, value in tested.state_dict().items()},
-        inv_freq=to_numpy(rotary.inv_freq).astype(np.float32),
-        attention_scaling=float(rotary.attention_scaling),
         targets=targets,
         plain_output=near["output"],
     )
+
+
+class WrittenOut(torch.nn.Module):
+    """Llama's attention layer in plain torch, from the tensors of a layer file.
+
+    Args: tensors: Hugging Face's names -> arrays, with `inv_freq` and `attention_scaling`.
+
+    Raises: ValueError where the tensors are not those of a layer, listing what is missing.
+    """
+
+    def __init__(self, tensors: dict[str, np.ndarray]):
+        super().__init__()
+        names = ["q_proj.weight", "k_proj.weight", "v_proj.weight", "o_proj.weight", "inv_freq", "attention_scaling"]
+        missing = [name for name in names if name not in tensors]
+        if missing:
+            raise ValueError(f"the layer file lacks {', '.join(missing)}; it has {sorted(tensors)}")
+        self.inv_freq = torch.from_numpy(np.asarray(tensors["inv_freq"], np.float32))
+        self.attention_scaling = float(tensors["attention_scaling"])
+        self.head_dim = 2 * len(self.inv_freq)
+        self.scaling = self.head_dim**-0.5
+        self.num_key_value_groups = tensors["q_proj.weight"].shape[0] // tensors["k_proj.weight"].shape[0]
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            weight, bias = tensors[name + ".weight"], tensors.get(name + ".bias")
+            linear = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+            linear.weight = torch.nn.Parameter(to_torch(weight), requires_grad=False)
+            if bias is not None:
+                linear.bias = torch.nn.Parameter(to_torch(bias), requires_grad=False)
+            setattr(self, name, linear)
+
+    def tables(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin [B, T, H] in x's dtype, computed in float32."""
+        angles = positions[..., None].float() * self.inv_freq
+        angles = torch.cat([angles, angles], -1)
+        return tuple((f(angles) * self.attention_scaling).to(x.dtype) for f in (torch.cos, torch.sin))
+
+    @torch.no_grad()
+    def stages(self, rotary, x: torch.Tensor, positions: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
+        """What `run_stages` gives for Hugging Face's module."""
+        query, key, value = (
+            f(x).view(*x.shape[:2], -1, self.head_dim) for f in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        cos, sin = (table[:, :, None] for table in rotary(x, torch.from_numpy(positions)))
+
+        def rotate(y):
+            a, b = y.chunk(2, -1)
+            return y * cos + torch.cat([-b, a], -1) * sin
+
+        rotated_query, rotated_key = rotate(query), rotate(key)
+        keys, values = (y.repeat_interleave(self.num_key_value_groups, 2) for y in (rotated_key, value))
+        logits = torch.einsum("btnh,bsnh->bnts", rotated_query, keys) * self.scaling
+        logits = logits.masked_fill(~torch.from_numpy(np.array(mask)), torch.finfo(x.dtype).min)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        weights = torch.softmax(logits, -1, dtype=wide).to(x.dtype)
+        context = torch.einsum("bnts,bsnh->btnh", weights, values)
+        stages = {
+            "query": query,
+            "key": key,
+            "value": value,
+            "rotated_query": rotated_query,
+            "rotated_key": rotated_key,
+            "log_sum_exp": torch.logsumexp(logits.to(wide), -1).transpose(1, 2),
+            "context": context,
+            "output": self.o_proj(context.flatten(2)),
+        }
+        return {name: to_numpy(y) for name, y in stages.items()}
 
 
 def run_stages(

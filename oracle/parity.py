@@ -8,15 +8,15 @@ cannot fail proves nothing.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxattn import llama, rope
+from jaxattn import Blockwise, llama, rope
 from oracle import checkpoint as checkpoint_
 from oracle import llama as reference
 from oracle.attention import Verdict, judge
@@ -27,22 +27,18 @@ BLOCK = 64
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A layer to compare: Hugging Face's model and layer number, our configuration, and the layer's input.
+    """A layer to compare, on its input: our configuration, and what torch says.
 
-    x: [B, T, D]. positions: int [T]. eager: run ours without jit (explicit loops compile slowly).
+    config: sizes and RoPE; freqs instead of the RoPE's own where a file gives them. x: [B, T, D]. case:
+    dtype -> the reference's `Case`. eager: run ours without jit (explicit loops compile slowly).
     """
 
     name: str
-    model: Any
     config: llama.LlamaConfig
     x: np.ndarray
-    positions: np.ndarray
-    layer: int = 0
+    case: Callable[[str], reference.Case]
+    freqs: rope.Frequencies | None = None
     eager: bool = False
-
-    def case(self, dtype: str) -> reference.Case:
-        """What torch says: see `oracle.llama.layer_case`."""
-        return reference.layer_case(self.model, self.x, dtype, layer=self.layer, positions=self.positions)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,21 +63,19 @@ _COLUMNS = ("subject", "implementation", "dtype", "stage", "max abs", "RMSE", "a
 HEADER = "{:<22} {:<18} {:<9} {:<14} {:>9} {:>9} {:>9} verdict".format(*_COLUMNS)
 
 
-def our_stages(
-    config: llama.LlamaConfig, case: reference.Case, implementation, *, eager=False
-) -> dict[str, np.ndarray]:
+def our_stages(subject: Subject, case: reference.Case, implementation) -> dict[str, np.ndarray]:
     """Every stage of jaxattn's layer, with the case's weights and inputs.
 
-    Args: config: sizes and RoPE. case: from the reference. implementation: as in `dot_product_attention`.
+    Args: subject: sizes and RoPE. case: from the reference. implementation: as in `dot_product_attention`.
     Returns: stage -> array, heads as [B, T, N, H].
     Raises: ValueError where the weights do not fit the configuration.
     """
-    layer = llama.load_attention(config, case.weights, implementation=implementation)
+    layer = llama.load_attention(subject.config, case.weights, freqs=subject.freqs, implementation=implementation)
 
     def run(layer, x, positions):
         return layer.stages(x, positions=positions, residual=True)
 
-    run = run if eager else nnx.jit(run)
+    run = run if subject.eager else nnx.jit(run)
     stages = run(layer, jnp.asarray(case.x), jnp.asarray(case.positions))
     return {name: np.asarray(value) for name, value in stages._asdict().items()}
 
@@ -93,7 +87,7 @@ def compare(subject: Subject, case: reference.Case, dtype: str, implementation) 
     float32 its largest error may be 2e-5 of the output's RMS, in other dtypes the sum of both sides' allowed
     errors.
     """
-    ours = our_stages(subject.config, case, implementation, eager=subject.eager)
+    ours = our_stages(subject, case, implementation)
     label = implementation if isinstance(implementation, str) else implementation.name
     verdicts = {stage: judge(stage, ours[stage], case.targets[stage]) for stage in reference.STAGES}
     verdicts["vs HF layer"] = _against_layer(ours["output"], case, dtype)
@@ -114,17 +108,20 @@ def _against_layer(output: np.ndarray, case: reference.Case, dtype: str) -> Verd
 
 
 def llama_subject(
-    folder, *, layer: int = 0, tokens: int = 256, first_position: int = 0, seed: int = 0, name: str | None = None
+    model, config: llama.LlamaConfig, ids: np.ndarray, *, name: str, layer: int = 0, first_position: int = 0
 ) -> Subject:
-    """A layer of a Llama checkpoint on random tokens, its input being what the model feeds it.
+    """A layer of a Llama model on tokens, its input being what the model feeds it.
 
-    Args: folder: a local checkpoint. layer: which layer. tokens: T. first_position: of the first token.
+    Args: model: Hugging Face's. config: the same, ours. ids: int [B, T]. layer: which. first_position: of
+    each row.
     """
-    model = checkpoint_.load_model(folder)
-    config = llama.LlamaConfig.from_folder(folder)
-    ids = np.random.default_rng(seed).integers(0, config.vocab_size, (1, tokens))
     x = reference.attention_input(model, ids, layer=layer)
-    return Subject(name or "llama", model, config, x, first_position + np.arange(tokens), layer)
+    positions = first_position + np.arange(ids.shape[1])
+
+    def case(dtype):
+        return reference.layer_case(model, x, dtype, layer=layer, positions=positions)
+
+    return Subject(name, config, x, case, eager=ids.size <= 16)
 
 
 def partial_subject(*, tokens: int = 64, seed: int = 0) -> Subject:
@@ -145,23 +142,55 @@ def partial_subject(*, tokens: int = 64, seed: int = 0) -> Subject:
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
         attn_implementation="eager",
     )
-    torch.manual_seed(seed)
-    model = StableLmForCausalLM(hf).eval()
+    model, generator = StableLmForCausalLM(hf).eval(), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.model.layers[0].self_attn.named_parameters():
             peak = 5.0**0.5 if "q_proj" in name or "k_proj" in name else 1.0
-            parameter.normal_().mul_(peak * parameter.shape[1] ** -0.5)
+            parameter.normal_(generator=generator).mul_(peak * parameter.shape[1] ** -0.5)
     config = llama.LlamaConfig(64, 128, 64, 1, 4, 2, 32, rope.from_hf(hf.to_dict()))
     x = np.random.default_rng(seed).normal(size=(1, tokens, 128)).astype(np.float32)
-    return Subject("stablelm, partial RoPE", model, config, x, np.arange(tokens))
+    return Subject("stablelm (partial)", config, x, lambda dtype: reference.layer_case(model, x, dtype))
 
 
-def implementations(names: Sequence[str]) -> list:
-    """Implementation objects for parity: blockwise with several key blocks, triton interpreted where there
-    is no GPU."""
-    import jaxattn
+def file_subject(path: str | Path, *, tokens: int = 256, first_position: int = 0, seed: int = 0) -> Subject:
+    """The layer in a file of `python -m oracle extract`, on normal random input; transformers is not needed.
 
-    objects = {"blockwise": lambda: jaxattn.Blockwise(block_q=BLOCK, block_k=BLOCK)}
-    if jax.default_backend() != "gpu":
-        objects["triton"] = lambda: jaxattn.Triton(interpret=True)
-    return [objects[name]() if name in objects else name for name in names]
+    Args: path: of the file. tokens: T.
+    Raises: ValueError where the file is no layer file.
+    """
+    tensors = checkpoint_.read_pickle(path)
+    reference.WrittenOut(tensors)  # complete?
+    freqs = rope.Frequencies(tuple(map(float, tensors["inv_freq"])), float(tensors["attention_scaling"]))
+    H = 2 * len(freqs.inv_freq)
+    rows, D = tensors["q_proj.weight"].shape
+    biased = any(name.endswith(".bias") for name in tensors)
+    config = llama.LlamaConfig(
+        vocab_size=0,
+        d_model=D,
+        d_mlp=0,
+        n_layers=1,
+        n_heads=rows // H,
+        n_kv_heads=tensors["k_proj.weight"].shape[0] // H,
+        head_dim=H,
+        rope=rope.RopeConfig(H),
+        attention_bias=biased,
+    )
+    x = np.random.default_rng(seed).normal(size=(1, tokens, D)).astype(np.float32)
+    positions = first_position + np.arange(tokens)
+    return Subject(
+        Path(path).name, config, x, lambda dtype: reference.file_case(tensors, x, dtype, positions=positions), freqs
+    )
+
+
+def implementation(name: str):
+    """The implementation that parity compares under a name.
+
+    Blockwise gets several key blocks to a row, Triton its interpreter where there is no GPU.
+    """
+    if name == "blockwise":
+        return Blockwise(block_q=BLOCK, block_k=BLOCK)
+    if name == "triton":
+        from jaxattn.impl.triton import Triton
+
+        return Triton(interpret=jax.default_backend() != "gpu")
+    return name

@@ -1,0 +1,226 @@
+"""`python -m oracle`: prove that jaxattn's layers equal torch's, or name the first stage that differs.
+
+Without a subcommand it prints the parity table and then plants faults to show that the table can fail. The
+exit status is 0 only where every row passes and every fault is caught.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import platform
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    args = _parser().parse_args(arguments)
+    try:
+        return args.run(args)
+    except (ValueError, FileNotFoundError, NotImplementedError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--checkpoint",
+        metavar="PATH_OR_HUB_ID",
+        help="a Llama checkpoint folder or hub id; without it one is made from a seed, with Llama-3.2-1B's shapes",
+    )
+    common.add_argument("--layer", type=int, default=0, help="which attention layer (default 0)")
+    parser = argparse.ArgumentParser(prog="python -m oracle", description=__doc__.splitlines()[0], parents=[common])
+    parser.add_argument("--layer-file", metavar="FILE", help="compare the layer in a file of `extract` instead")
+    parser.add_argument("--tokens", type=int, default=256, help="length of the comparison (default 256)")
+    parser.add_argument("--json", metavar="FILE", help="also write rows, margins and versions as JSON")
+    parser.set_defaults(run=run_parity)
+    commands = parser.add_subparsers(metavar="COMMAND")
+    extract = commands.add_parser("extract", parents=[common], help="save one attention layer as a torch dict")
+    extract.add_argument("--out", metavar="FILE", required=True, help="where to write, as attn_layer_0.pt")
+    extract.set_defaults(run=run_extract)
+    return parser
+
+
+def run_extract(args) -> int:
+    """Save one attention layer's weights, frequencies and scaling, and print their shapes."""
+    from oracle import checkpoint
+    from oracle import llama as reference
+
+    _quiet()
+    with _checkpoint(args) as folder:
+        model = checkpoint.load_model(folder, dtype="auto")
+        _check_layer(args.layer, model.config.num_hidden_layers)
+        tensors = reference.layer_weights(model, args.layer)
+        checkpoint.write_pickle(args.out, tensors)
+        for name, array in tensors.items():
+            print(f"{name:<18} {'x'.join(map(str, array.shape)) or 'scalar':>10}  {array.dtype}")
+        config = model.config
+        print(
+            f"(d_model={config.hidden_size}, H={config.num_attention_heads}, "
+            f"H_kv={config.num_key_value_heads}, d_head={config.head_dim})"
+        )
+    print(f"wrote {args.out}")
+    return 0
+
+
+def run_parity(args) -> int:
+    """The parity table, the planted faults, and the verdict."""
+    from oracle import faults, parity
+
+    start = time.perf_counter()
+    _quiet()
+    print(f"{_versions()}\nTF32 is off on both sides; tolerance: RMSE at most 2x plain torch's + u x RMS(|terms|)\n")
+    rows, problems = [], []
+    print(parity.HEADER)
+    if args.layer_file:
+        subject = parity.file_subject(args.layer_file, tokens=args.tokens)
+        rows += _compare(subject, ("float32", "bfloat16"), ("naive", "blockwise"))
+        return _finish(args, rows, [], problems, start)
+    with _checkpoint(args) as folder:
+        main_subject, cases = None, {}
+        for subject, dtypes, names in _subjects(args, folder, problems):
+            cases[subject.name] = {dtype: subject.case(dtype) for dtype in dtypes}
+            rows += _compare(subject, dtypes, names, cases[subject.name])
+            main_subject = main_subject or subject
+            partial_subject = subject
+    print(
+        f"\nPlanted faults, float32; margin = error / allowed error, at least {faults.LEAST_MARGIN:g}\n{faults.HEADER}"
+    )
+    caught = []
+    for fault in faults.FAULTS:
+        subject = partial_subject if fault.partial else main_subject
+        for name in fault.implementations:
+            implementation = parity.implementation(name)
+            caught.append(faults.catch(fault, subject, cases[subject.name]["float32"], implementation))
+            print(caught[-1], flush=True)
+    return _finish(args, rows, caught, problems, start)
+
+
+def _subjects(args, folder, problems: list[str]):
+    """What is compared: (subject, dtypes, implementations); the first is the main one, the last rotates
+    partly."""
+    import jax
+
+    from jaxattn.llama import LlamaConfig
+    from oracle import checkpoint, parity
+    from oracle import llama as reference
+
+    model, config = checkpoint.load_model(folder), LlamaConfig.from_folder(folder)
+    _check_layer(args.layer, config.n_layers)
+    ids = np.random.default_rng(0).integers(0, config.vocab_size, (1, args.tokens))
+    names = ("naive", "blockwise") + (("triton",) if jax.default_backend() == "gpu" else ())
+    subject = parity.llama_subject(model, config, ids, name="llama", layer=args.layer)
+    problems += reference.hugging_face_is_sound(model, subject.x, layer=args.layer)
+    yield subject, ("float32", "bfloat16"), names
+    later = parity.llama_subject(model, config, ids, name="llama from 1000", layer=args.layer, first_position=1000)
+    yield later, ("float32",), names
+    with tempfile.TemporaryDirectory() as tiny:
+        checkpoint.make(tiny, shapes=checkpoint.TINY)
+        tiny_model, tiny_config = checkpoint.load_model(tiny), LlamaConfig.from_folder(tiny)
+    ids = np.random.default_rng(0).integers(0, tiny_config.vocab_size, (1, 12))
+    yield (
+        parity.llama_subject(tiny_model, tiny_config, ids, name="tiny llama"),
+        ("float32", "bfloat16"),
+        ("loops", "triton"),
+    )
+    yield parity.partial_subject(), ("float32", "bfloat16"), ("naive", "blockwise")
+
+
+def _compare(subject, dtypes, names, cases=None) -> list:
+    from oracle import parity
+
+    rows = []
+    for dtype in dtypes:
+        case = cases[dtype] if cases else subject.case(dtype)
+        for name in names:
+            found = parity.compare(subject, case, dtype, parity.implementation(name))
+            print("\n".join(map(str, found)), flush=True)
+            rows += found
+    return rows
+
+
+def _finish(args, rows, caught, problems, start: float) -> int:
+    wrong = [row for row in rows if not row.verdict]
+    missed = [item for item in caught if not item]
+    for problem in problems:
+        print(f"the oracle itself is not sound: {problem}")
+    print(
+        f"\n{len(rows) - len(wrong)} of {len(rows)} rows pass, "
+        f"{len(caught) - len(missed)} of {len(caught)} faults caught, {time.perf_counter() - start:.0f} s"
+    )
+    if args.json:
+        content = {
+            "command": sys.argv,
+            "versions": _versions(),
+            "rows": [dataclasses.asdict(row) | {"passes": bool(row.verdict)} for row in rows],
+            "faults": [
+                {
+                    "fault": item.fault.name,
+                    "implementation": item.implementation,
+                    "margin": "raised" if math.isinf(item.margin) else item.margin,
+                    "first_stage": item.stage,
+                    "caught": bool(item),
+                }
+                for item in caught
+            ],
+            "problems": problems,
+        }
+        Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
+        print(f"wrote {args.json}")
+    return 1 if wrong or missed or problems else 0
+
+
+class _checkpoint:
+    """The folder of --checkpoint, or one made from a seed in a temporary folder that goes away afterwards."""
+
+    def __init__(self, args):
+        self.name = args.checkpoint
+        self.temporary = None
+
+    def __enter__(self) -> Path:
+        from oracle import checkpoint
+
+        if self.name:
+            return checkpoint.find(self.name)
+        self.temporary = tempfile.TemporaryDirectory(prefix="jaxattn-oracle-")
+        return checkpoint.make(self.temporary.name)
+
+    def __exit__(self, *_):
+        if self.temporary:
+            self.temporary.cleanup()
+
+
+def _check_layer(layer: int, layers: int) -> None:
+    if not 0 <= layer < layers:
+        raise ValueError(f"--layer {layer} must be from 0 to {layers - 1}: the checkpoint has {layers} layers")
+
+
+def _quiet() -> None:
+    """transformers' progress bars and advice would stand between the rows."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def _versions() -> str:
+    import importlib.metadata as metadata
+
+    import jax
+
+    names = ("jax", "flax", "torch", "transformers", "numpy")
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in names)
+    return f"{versions}; Python {platform.python_version()}; jax on {jax.devices()[0].device_kind}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
