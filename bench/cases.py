@@ -18,7 +18,7 @@ DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 # Logits of unit-normal inputs have standard deviation 1: nearly flat attention, which hides mistakes.
 QUERY_SCALE = 3.0
-LAYER_ROWS = 256
+LAYER_ROWS = 128
 
 
 @dataclasses.dataclass(frozen=True)

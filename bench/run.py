@@ -20,15 +20,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from bench import adapters, environment, results
 from bench.cases import Case, Problem
 
 MEMORY_SHARE = 0.85  # of the memory that is available, what a row may be predicted to need
-START_S = 2.5  # predicted for starting a process and its frameworks, before one was seen
-FIRST_LENGTH_S = 45.0  # limit of one call that nothing predicts
+START_S = 2.0  # predicted for starting a process and its frameworks, several at once
+FIRST_CALL_S = 60.0  # limit of one call that nothing predicts
+COMPILE_S = 180.0  # limit of compiling
+JUDGE_S = 300.0  # limit of one float64 reference
 REPEATS = 10
 LENGTH_S = 20.0  # further repeats of one length stop here
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,14 +122,30 @@ class Child:
         return ChildFailure("crashed", f"the process ended with {how}{last}")
 
     def close(self) -> None:
-        """End the process and wait for it."""
-        self.process.stdin.close()
+        """End the process and wait for it; once is enough, twice does no harm."""
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         try:
             self.process.wait(timeout=2)
         except subprocess.TimeoutExpired:
             self.process.kill()
             self.process.wait()
         self.process.stdout.close()
+
+
+@dataclasses.dataclass(eq=False)
+class Measurement:
+    """A row on its way: its problem, what is known of it so far, and its process while it has one."""
+
+    problem: Problem
+    row: dict
+    child: Child | None = None
+    saved: bool = False
+
+    def close(self) -> None:
+        if self.child is not None:
+            self.child.close()
+            self.child = None
 
 
 def child_environment(device: str, threads: int) -> dict[str, str]:
@@ -173,6 +191,11 @@ class Progress:
         if self.bar:
             self.bar.update(self.task, description=f"{what:<44}")
 
+    def skip(self) -> None:
+        """One measurement fewer: an earlier run has it."""
+        if self.bar:
+            self.bar.advance(self.task)
+
     def done(self, row: dict) -> None:
         line = describe(row)
         if self.bar:
@@ -202,9 +225,10 @@ class Runner:
         self.settings = settings
         self.scratch = Path(tempfile.mkdtemp(prefix="jaxattn-bench-"))
         self.threads = settings.threads or environment.cores()
-        self.started_s = [START_S]
+        self.started = 0
+        self.under_way: list[Measurement] = []
         chosen = settings.device
-        self.judge = Child(chosen, self.threads, self.scratch / "judge.log")
+        self.judge = self.new_child()
         try:
             found = self.judge.ask("environment", 120, device=chosen)
             if not found.pop("ok"):
@@ -303,40 +327,60 @@ class Runner:
         )
 
     def measure(self, problems: list[Problem], later: list[Problem], progress: Progress) -> None:
-        """All rows of one length: admit, start, gate, time in turns, save."""
+        """All rows of one length: start what must run, admit the rest, gate, time in turns, save.
+
+        What must run starts first: its first call corrects what later lengths are predicted to take.
+        """
         done = {results.key(row) for row in self.results["rows"]}
-        rows, waiting = [], []
+        waiting = []
         for problem in problems:
             if problem.key() in done:
+                progress.skip()
                 continue
-            row = self.new_row(problem)
-            rows.append(row)
+            one = Measurement(problem, self.new_row(problem))
             reason = self.refusal(problem)
             if reason:
-                row["status"], row["reason"] = reason
+                one.row["status"], one.row["reason"] = reason
+            if reason or not self.fits(one):
+                self.finish(one, progress)
             else:
-                waiting.append((problem, row))
-        reserved_s = sum(self.cost_s(problem, 2) for problem in later if must_run(problem, self.device))
-        admitted = []
-        order = sorted(waiting, key=lambda pair: (not must_run(pair[0], self.device), self.predicted_s(pair[0]) or 0))
-        spent_s = 0.0
-        for problem, row in order:
-            cost_s = self.cost_s(problem, 2)
-            row["predicted_s"] = self.predicted_s(problem)
-            if not self.fits(problem, row):
-                continue
+                waiting.append(one)
+        self.under_way = waiting
+        must = [one for one in waiting if must_run(one.problem, self.device)]
+        try:
+            self.open(must, progress)
+            reserved_s = sum(self.cost_s(problem, 2) for problem in later if must_run(problem, self.device))
+            admitted = self.admit([one for one in waiting if one not in must], reserved_s, progress)
+            beside = [one for one in must if one.row["status"] == "ok"]
+            for batch in list(self.batches(admitted)) or [[]]:
+                self.open(batch, progress)
+                going = [one for one in beside + batch if one.row["status"] == "ok"]
+                self.time_in_turns(going, reserved_s, bool(later), progress)
+                for one in beside + batch:
+                    self.finish(one, progress)
+                beside = []
+        finally:
+            for one in waiting:
+                if one.row["times_s"]:
+                    self.finish(one, progress)
+                one.close()
+            self.under_way = []
+
+    def admit(self, waiting: list[Measurement], reserved_s: float, progress: Progress) -> list[Measurement]:
+        """Those whose two calls are predicted to fit in the time that is left, the quickest first."""
+        admitted, spent_s = [], 0.0
+        for one in sorted(waiting, key=lambda one: self.predicted_s(one.problem) or 0):
+            cost_s = self.cost_s(one.problem, 2)
             left_s = self.left_s() - reserved_s - spent_s
-            if cost_s > left_s and not must_run(problem, self.device):
-                row["status"] = "skipped"
-                row["reason"] = f"time: about {cost_s:.0f} s predicted for two calls, {max(0, left_s):.0f} s left"
+            one.row["predicted_s"] = self.predicted_s(one.problem)
+            if cost_s > left_s:
+                one.row["status"] = "skipped"
+                one.row["reason"] = f"time: about {cost_s:.0f} s predicted, {max(0, left_s):.0f} s left"
+                self.finish(one, progress)
                 continue
             spent_s += cost_s
-            admitted.append((problem, row))
-        for row in rows:
-            if row["status"] != "waiting":
-                self.finish(row, progress)
-        for batch in self.batches(admitted):
-            self.measure_batch(batch, reserved_s, bool(later), progress)
+            admitted.append(one)
+        return admitted
 
     def new_row(self, problem: Problem) -> dict:
         adapter = adapters.find(problem.implementation)
@@ -367,10 +411,10 @@ class Runner:
         reason = adapter.refuses(problem)
         return ("refused", reason) if reason else None
 
-    def fits(self, problem: Problem, row: dict) -> bool:
+    def fits(self, one: Measurement) -> bool:
         """Whether the predicted bytes are there; where not, the row says so with both numbers."""
+        row, limit = one.row, MEMORY_SHARE * self.available_bytes()
         row["available_bytes"] = self.available_bytes()
-        limit = MEMORY_SHARE * row["available_bytes"]
         if row["predicted_bytes"] is None or row["predicted_bytes"] <= limit:
             return True
         row["status"], row["reason"] = "skipped", memory_reason(row["predicted_bytes"], limit)
@@ -384,79 +428,78 @@ class Runner:
     def predicted_s(self, problem: Problem) -> float | None:
         """Seconds of one call: the nearest shorter length's time, times the ratio of FLOPs."""
         best = None
-        for row in self.results["rows"]:
+        for row in [*self.results["rows"], *(one.row for one in self.under_way)]:
             same = all(
                 row[name] == getattr(problem, name)
                 for name in ("case", "mask", "implementation", "dtype", "direction", "batch", "heads", "cold")
             )
-            if same and row["times_s"] and row["keys"] < problem.keys and (not best or row["keys"] > best["keys"]):
+            nearer = best is None or row["keys"] > best["keys"]
+            if same and nearer and row["keys"] < problem.keys and (row["times_s"] or row.get("first_s")):
                 best = row
         if best is None:
             return None
-        return statistics.median(best["times_s"]) * problem.flops() / best["flops"]
+        measured_s = statistics.median(best["times_s"] or [best["first_s"]])
+        return measured_s * problem.flops() / best["flops"]
 
     def cost_s(self, problem: Problem, calls: int) -> float:
-        """Predicted seconds for a row: starting its process, and `calls` calls (nothing known: one second)."""
+        """Predicted seconds for a row: starting its process, and `calls` calls (one second where nothing is known)."""
         predicted = self.predicted_s(problem)
-        return statistics.median(self.started_s) + calls * (1.0 if predicted is None else predicted)
+        return START_S + calls * (1.0 if predicted is None else predicted)
 
-    def batches(self, admitted: list[tuple[Problem, dict]]) -> Iterator[list[tuple[Problem, dict]]]:
+    def batches(self, admitted: list[Measurement]) -> Iterator[list[Measurement]]:
         """Rows that may live side by side: together they are predicted to fit in memory."""
         batch, total = [], 0
         limit = MEMORY_SHARE * self.available_bytes()
-        for problem, row in admitted:
-            need = row["predicted_bytes"] or problem.arrays_bytes()
+        for one in admitted:
+            need = one.row["predicted_bytes"] or one.problem.arrays_bytes()
             if batch and total + need > limit:
                 yield batch
                 batch, total = [], 0
-            batch.append((problem, row))
+            batch.append(one)
             total += need
         if batch:
             yield batch
 
-    def measure_batch(self, batch: list, reserved_s: float, more_later: bool, progress: Progress) -> None:
-        """Start the children together, gate them one by one, then time them in turns."""
-        children: dict[int, Child] = {}
-        began = time.monotonic()
-        progress.say(f"{batch[0][0].case} {batch[0][0].keys}: starting {len(batch)} processes")
-        try:
-            for index, (problem, _) in enumerate(batch):
-                log = self.scratch / f"{index}.log"
-                children[index] = Child(self.settings.device, self.threads, log)
-                children[index].tell("load", problem=dataclasses.asdict(problem))
-            for index, (_, row) in enumerate(batch):
-                self.step(row, lambda i=index: children[i].hear(120))
-            self.started_s.append((time.monotonic() - began) / len(batch))
-            for index, (problem, row) in enumerate(batch):
-                if row["status"] == "waiting":
-                    progress.say(f"{problem.case} {problem.keys}: {row['label']}")
-                    self.gate(problem, row, children[index])
-                if row["status"] != "ok":
-                    children.pop(index).close()
-                    self.finish(row, progress)
-            going = [(row, children[index]) for index, (_, row) in enumerate(batch) if index in children]
-            self.time_in_turns(going, reserved_s, more_later, progress)
-            for row, _ in going:
-                self.finish(row, progress)
-        finally:
-            for child in children.values():
-                child.close()
+    def open(self, batch: list[Measurement], progress: Progress) -> None:
+        """Start the children together, then gate them one by one; what fails is closed and saved."""
+        if not batch:
+            return
+        progress.say(f"{batch[0].problem.case} {batch[0].problem.keys}: starting {len(batch)} processes")
+        for one in batch:
+            one.child = self.new_child()
+            one.child.tell("load", problem=dataclasses.asdict(one.problem))
+        if self.can_judge:  # the references, while the others start
+            for problem in {one.problem.layer: one.problem for one in batch}.values():
+                self.ask_judge("expect", problem=dataclasses.asdict(problem))
+        for one in batch:
+            self.step(one, lambda child=one.child: child.hear(120))
+        for one in batch:
+            if one.row["status"] == "waiting":
+                progress.say(f"{one.problem.case} {one.problem.keys}: {one.row['label']}")
+                self.gate(one)
+            if one.row["status"] != "ok":
+                self.finish(one, progress)
 
-    def step(self, row: dict, request) -> dict | None:
+    def new_child(self) -> Child:
+        self.started += 1
+        return Child(self.settings.device, self.threads, self.scratch / f"{self.started}.log")
+
+    def step(self, one: Measurement, request: Callable[[], dict]) -> dict | None:
         """One request; what goes wrong becomes the row's status and reason, and None is returned."""
         try:
             reply = request()
         except ChildFailure as failure:
-            row["status"], row["reason"] = failure.status, failure.reason
+            one.row["status"], one.row["reason"] = failure.status, failure.reason
             return None
         if not reply.pop("ok"):
-            row["status"], row["reason"] = reply["status"], reply["reason"]
+            one.row["status"], one.row["reason"] = reply["status"], reply["reason"]
             return None
         return reply
 
-    def gate(self, problem: Problem, row: dict, child: Child) -> None:
+    def gate(self, one: Measurement) -> None:
         """Compile, compare the compiler's bytes with the memory, call once, judge; "ok" if it may be timed."""
-        reply = self.step(row, lambda: child.ask("compile", 180))
+        row, child = one.row, one.child
+        reply = self.step(one, lambda: child.ask("compile", COMPILE_S))
         if reply is None:
             return
         row |= reply
@@ -464,16 +507,16 @@ class Runner:
         if needed is not None and needed > limit:
             row["status"], row["reason"] = "skipped", memory_reason(needed, limit)
             return
-        rows_path = self.scratch / "rows.npz"
-        patience_s = max(FIRST_LENGTH_S, 10 * (row.get("predicted_s") or 0))
-        reply = self.step(row, lambda: child.ask("first", patience_s, rows_path=str(rows_path)))
+        rows_path = str(self.scratch / "rows.npz")
+        patience_s = max(FIRST_CALL_S, 10 * (row.get("predicted_s") or 0))
+        reply = self.step(one, lambda: child.ask("first", patience_s, rows_path=rows_path))
         if reply is None:
             return
         row |= reply
         if self.can_judge:
-            asked = {"problem": dataclasses.asdict(problem), "rows_path": str(rows_path)}
-            reply = self.step(row, lambda: self.judge.ask("judge", 300, **asked))
-            if reply is None:
+            reply = self.ask_judge("judge", problem=dataclasses.asdict(one.problem), rows_path=rows_path)
+            if not reply.pop("ok"):
+                row["status"], row["reason"] = "failed", f"not judged, so not timed: {reply['reason']}"
                 return
             row["error"] = reply
             if not reply["right"]:
@@ -481,35 +524,46 @@ class Runner:
                 return
         row["status"] = "ok"
 
-    def time_in_turns(self, going: list, reserved_s: float, more_later: bool, progress: Progress) -> None:
+    def ask_judge(self, do: str, **request) -> dict:
+        """The judge's reply; where its process has ended, why, and a new judge takes its place."""
+        try:
+            return self.judge.ask(do, JUDGE_S, **request)
+        except ChildFailure as failure:
+            self.judge.close()
+            self.judge = self.new_child()
+            return {"ok": False, "reason": f"the judge {failure.status}: {failure.reason}"}
+
+    def time_in_turns(self, going: list[Measurement], reserved_s: float, more: bool, progress: Progress) -> None:
         """Round after round, one turn each, until every row has its repeats or the length's time is spent.
 
         A turn of a fast implementation takes several samples, so that rounds are not all waiting.
         """
-        end = time.monotonic() + max(0.0, self.left_s() - reserved_s)
-        if more_later:
-            end = min(end, time.monotonic() + LENGTH_S)
+        left_s = max(0.0, self.left_s() - reserved_s)
+        end = time.monotonic() + (min(LENGTH_S, left_s / 3) if more else left_s)
         for turn in range(self.settings.repeats):
-            if not going:
-                return
-            progress.say(f"{going[0][0]['case']} {going[0][0]['keys']}: repeat {turn + 1}")
-            for row, child in going:
+            for one in going:
+                row = one.row
                 expected_s = min(row["times_s"], default=row["first_s"])
                 if row["status"] != "ok" or (row["times_s"] and time.monotonic() + expected_s > end):
                     continue
+                progress.say(f"{row['case']} {row['keys']}: repeat {turn + 1}")
                 count = 3 if expected_s < 0.02 else 1
-                patience_s = max(FIRST_LENGTH_S, 20 * expected_s)
-                reply = self.step(row, lambda c=child, n=count, p=patience_s: c.ask("sample", p, count=n))
+                patience_s = max(FIRST_CALL_S, 20 * expected_s)
+                reply = self.step(one, lambda c=one.child, n=count, p=patience_s: c.ask("sample", p, count=n))
                 if reply is not None:
                     row["times_s"] += reply["times_s"]
                     row["device_times_s"] += reply["device_times_s"]
 
-    def finish(self, row: dict, progress: Progress) -> None:
-        """A row is final: on to the disk with it."""
-        self.results["rows"].append(row)
+    def finish(self, one: Measurement, progress: Progress) -> None:
+        """A row is final: its process ends, and it goes to the disk. Once: a second time does nothing."""
+        one.close()
+        if one.saved:
+            return
+        one.saved = True
+        self.results["rows"].append(one.row)
         self.results["seconds"] = time.monotonic() - self.start
         self.save()
-        progress.done(row)
+        progress.done(one.row)
 
 
 def must_run(problem: Problem, device: str) -> bool:
@@ -526,7 +580,7 @@ def method(device: str, threads: int) -> list[str]:
     lines = [
         "Correct first: a result whose error against float64 breaks the accuracy rule (RMSE at most twice plain "
         "torch's in the same dtype, plus one unit roundoff of the formula in absolute values) is not timed. "
-        "Judged on 32 query rows: the first, the last, and 30 drawn from the seed; a layer on its first 256 "
+        "Judged on 32 query rows: the first, the last, and 30 drawn from the seed; a layer on its first 128 "
         "tokens against Hugging Face's eager layer in float64.",
         "Same inputs from one seed, in [B, T, N, H] layout, for both frameworks; queries are 3 times unit normal, "
         "so that attention is peaked.",

@@ -1,0 +1,38 @@
+"""Implementations as a user would bring them, some of them bad: `--impl tests.bench_functions:right`."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+
+
+def right(query, key, value, **arguments):
+    return jax.nn.dot_product_attention(query, key, value, implementation="xla", **arguments)
+
+
+def wrong(query, key, value, is_causal=False, mask=None):
+    """Forgets the mask."""
+    return jax.nn.dot_product_attention(query, key, value, implementation="xla")
+
+
+def crashing(query, key, value, **arguments):
+    os.abort()
+
+
+def too_large(query, key, value, **arguments):
+    raise MemoryError("no room for the scores")
+
+
+def wasteful(query, key, value, **arguments):
+    """Compiles to a petabyte of temporaries, and must not be run."""
+    n = 1 << 24
+    huge = jnp.sort(jnp.broadcast_to(query.sum(), (n, n)) * jnp.arange(n, dtype=jnp.float32), axis=0)
+    return right(query, key, value, **arguments) + huge[::2].sum() * 0
+
+
+def torch_right(query, key, value, **arguments):
+    import torch
+
+    query, key, value = (array.transpose(1, 2) for array in (query, key, value))
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, enable_gqa=True, **arguments)
+    return out.transpose(1, 2)
