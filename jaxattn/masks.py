@@ -44,7 +44,7 @@ def gather(array, t=None, s=None):
     lead = array.ndim - len(indices)
     if not indices:
         return array.reshape(array.shape + (1,) * (4 - lead)) if lead else array
-    xp = np if isinstance(array, np.ndarray) and all(isinstance(i, np.ndarray) for i in indices) else jnp
+    xp = _module(array, *indices)
     clipped = [xp.clip(i, 0, n - 1) for i, n in zip(indices, array.shape[lead:], strict=True)]
     if len(indices) == 2 and all(i.ndim == 2 for i in indices):  # [T, 1] and [1, S]: whole rows, then columns
         return xp.take(xp.take(array, clipped[0][:, 0], axis=-2), clipped[1][0], axis=-1)
@@ -52,6 +52,15 @@ def gather(array, t=None, s=None):
         xp.arange(n).reshape((1,) * axis + (n,) + (1,) * (3 - axis)) for axis, n in enumerate(array.shape[:lead])
     ]
     return array[tuple(leading + clipped)]
+
+
+def _module(*arrays):
+    """NumPy where every array is NumPy's, else jax.numpy."""
+    return np if all(isinstance(x, (np.ndarray, np.generic)) for x in arrays) else jnp
+
+
+def _indices(start: int, stop: int, S: int):
+    return np.arange(start, stop, dtype=np.int32)[:, None], np.arange(S, dtype=np.int32)[None, :]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -83,9 +92,10 @@ class Mask:
     def tile(self, t: Span, s: Span):
         """int8 codes, 0 empty, 1 partial, 2 full, of the tiles t x s, broadcastable to [B, N, q tiles, k tiles].
 
-        Exact for a single mask without arrays. Combinations take the minimum and maximum, which may call an empty or
-        a full tile partial, never otherwise; combinations of masks that depend on t - s alone are exact too. A mask
-        that does not say calls every tile partial.
+        NumPy where the spans and the mask's arrays are, so that the plan is known when tracing; else jnp. Exact for a
+        single mask without arrays. Combinations take the minimum and maximum, which may call an empty or a full tile
+        partial, never otherwise; combinations of masks that depend on t - s alone are exact too. A mask that does not
+        say calls every tile partial.
         """
         return np.full(np.broadcast_shapes(t.start.shape, s.start.shape), PARTIAL, np.int8)
 
@@ -134,10 +144,8 @@ class Mask:
 
     def to_array(self, T: int, S: int):
         """The mask as a boolean array [T, S], or [B, N, T, S] where its arrays differ per batch element or head."""
-        shape = np.arange(T)[:, None], np.arange(S)[None, :]
-        allowed = self.allows(*(shape if self.is_static else map(jnp.asarray, shape)))
-        xp = np if self.is_static else jnp
-        return xp.broadcast_to(allowed, np.broadcast_shapes(allowed.shape, (T, S)))
+        allowed = self.allows(*_indices(0, T, S))
+        return _module(allowed).broadcast_to(allowed, np.broadcast_shapes(allowed.shape, (T, S)))
 
     def show(self, T: int, S: int) -> str:
         """The mask drawn as text, one line per query, `#` where it may attend; the first batch element and head."""
@@ -158,11 +166,10 @@ class Mask:
         codes = np.asarray(tile_codes(self, T, S, block_q, block_k))
         empty, partial, full = (int((codes == code).sum()) for code in (EMPTY, PARTIAL, FULL))
         visited = (partial + full) / codes.size
-        xp = np if self.is_static else jnp
         allowed = 0.0
         for start in range(0, T, 1024):  # the whole array may not fit
-            rows = self.allows(xp.arange(start, min(start + 1024, T))[:, None], xp.arange(S)[None, :])
-            allowed += float(np.mean(rows)) * min(1024, T - start)
+            stop = min(start + 1024, T)
+            allowed += float(np.mean(self.allows(*_indices(start, stop, S)))) * (stop - start)
         return {
             "empty": empty,
             "partial": partial,
@@ -324,9 +331,9 @@ class Window(Mask):
     def allows(self, t, s, take=gather):
         allowed = _broadcast_true(t, s)
         if self.left is not None:
-            allowed &= s >= t - self.left
+            allowed = allowed & (s >= t - self.left)
         if self.right is not None:
-            allowed &= s <= t + self.right
+            allowed = allowed & (s <= t + self.right)
         return allowed
 
     def tile(self, t, s):
@@ -405,11 +412,11 @@ class Global(Mask):
     def allows(self, t, s, take=gather):
         allowed = ~_broadcast_true(t, s)
         for start, stop in self._runs():
-            allowed |= ((t >= start) & (t < stop)) | ((s >= start) & (s < stop))
+            allowed = allowed | ((t >= start) & (t < stop)) | ((s >= start) & (s < stop))
         return allowed
 
     def tile(self, t, s):
-        xp = np if isinstance(t.start, np.ndarray) and isinstance(s.start, np.ndarray) else jnp
+        xp = _module(t.start, s.start)
         tokens = np.asarray(self.tokens, np.int32)
         count = [xp.searchsorted(tokens, x.stop) - xp.searchsorted(tokens, x.start) for x in (t, s)]
         some = (count[0] > 0) | (count[1] > 0)
@@ -461,7 +468,7 @@ class RandomBlocks(Mask):
         return self._drawn(t // self.block, s // self.block)
 
     def tile(self, t, s):
-        if not (isinstance(t.start, np.ndarray) and isinstance(s.start, np.ndarray)):
+        if _module(t.start, s.start) is jnp or t.start.ndim > 2:
             return super().tile(t, s)
         (top, bottom), (left, right) = [(x.start // self.block, (x.stop - 1) // self.block + 1) for x in (t, s)]
         key_blocks = np.arange(right.max())[None, :]
@@ -543,10 +550,10 @@ def _inside(index, length: int):
 
 def _range_of(ids, span: Span):
     """Smallest and largest id in each range of `span` (one axis of tiles, whichever of its two it is on)."""
-    start, stop = jnp.ravel(span.start), jnp.ravel(span.stop)
-    index = start[:, None] + jnp.arange(span.size)
-    index = jnp.clip(index, 0, jnp.minimum(stop, ids.shape[-1])[:, None] - 1)
-    values = jnp.take(jnp.asarray(ids), index, axis=-1, mode="clip")
+    xp = _module(ids, span.start)
+    start, stop = xp.ravel(span.start), xp.ravel(span.stop)
+    index = xp.minimum(start[:, None] + np.arange(span.size), stop[:, None] - 1)
+    values = xp.take(ids, xp.clip(index, 0, ids.shape[-1] - 1), axis=-1)
     return values.min(-1), values.max(-1)
 
 
@@ -575,9 +582,9 @@ class Lengths(Mask):
     def allows(self, t, s, take=gather):
         allowed = _broadcast_true(t, s)
         if self.query is not None:
-            allowed &= t < _read(self.query, take)
+            allowed = allowed & (t < _read(self.query, take))
         if self.key is not None:
-            allowed &= s < _read(self.key, take)
+            allowed = allowed & (s < _read(self.key, take))
         return allowed
 
     def tile(self, t, s):
@@ -620,22 +627,24 @@ class Dense(Mask):
         allowed = take(self.array, t=t, s=s)
         for index, length in ((t, T), (s, S)):
             if length > 1:  # an axis of length 1 is broadcast
-                allowed &= _inside(index, length)
+                allowed = allowed & (_inside(index, length))
         return allowed
 
     def tile(self, t, s):
         if max(t.start.ndim, s.start.ndim) > 2:
             return super().tile(t, s)
-        some = every = jnp.asarray(self.array)
+        some = every = self.array
+        xp = _module(self.array, t.start, s.start)
         for axis, span in ((-2, t), (-1, s)):
-            start, stop = jnp.ravel(span.start)[:, None], jnp.ravel(span.stop)[:, None]
-            index, length = start + jnp.arange(span.size), self.array.shape[axis]
-            beyond, outside = index >= stop, ~_inside(index, length) & (length > 1)
-            index = jnp.clip(index, 0, length - 1)
-            beyond, outside = [x if axis == -1 else x[..., None] for x in (beyond, outside)]
-            some, every = [jnp.take(x, index, axis=axis, mode="clip") for x in (some, every)]
-            over = -1 if axis == -1 else -2
-            some, every = (some & ~beyond & ~outside).any(over), ((every & ~outside) | beyond).all(over)
+            length = self.array.shape[axis]
+            index = xp.ravel(span.start)[:, None] + np.arange(span.size)
+            beyond = index >= xp.ravel(span.stop)[:, None]
+            outside = ~_inside(index, length) & (length > 1)
+            index = xp.clip(index, 0, length - 1)
+            if axis == -2:
+                beyond, outside = beyond[..., None], outside[..., None]
+            some, every = xp.take(some, index, axis=axis), xp.take(every, index, axis=axis)
+            some, every = (some & ~beyond & ~outside).any(axis), ((every & ~outside) | beyond).all(axis)
         return _code(some, every)
 
 
@@ -697,7 +706,7 @@ class _Combination(Mask):
     """Two masks; tiles of combinations that depend on t - s alone are exact, others bounds."""
 
     def tile(self, t, s):
-        if _depends_on_difference(self) and isinstance(t.start, np.ndarray) and isinstance(s.start, np.ndarray):
+        if _depends_on_difference(self) and _module(t.start, s.start) is np:
             return _difference_tile(self, t, s)
         return self._bound(t, s)
 
@@ -714,7 +723,7 @@ class And(_Combination):
 
     def _bound(self, t, s):
         a, b = self.a.tile(t, s), self.b.tile(t, s)
-        return (np if isinstance(a, np.ndarray) and isinstance(b, np.ndarray) else jnp).minimum(a, b)
+        return _module(a, b).minimum(a, b)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -729,7 +738,7 @@ class Or(_Combination):
 
     def _bound(self, t, s):
         a, b = self.a.tile(t, s), self.b.tile(t, s)
-        return (np if isinstance(a, np.ndarray) and isinstance(b, np.ndarray) else jnp).maximum(a, b)
+        return _module(a, b).maximum(a, b)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from jaxattn.masks import EMPTY, FULL, PARTIAL, Mask, Span
 
 
 def tile_codes(mask: Mask, T: int, S: int, block_q: int, block_k: int):
-    """int8 tile codes [B|1, N|1, ceil(T / block_q), ceil(S / block_k)]; NumPy for a mask without arrays, else jnp."""
+    """int8 tile codes [B|1, N|1, ceil(T / block_q), ceil(S / block_k)]; NumPy where the mask's arrays are, else jnp."""
     start_q, start_k = [np.arange(0, n, block, dtype=np.int32) for n, block in ((T, block_q), (S, block_k))]
     t = Span(start_q[:, None], np.minimum(start_q + block_q, T)[:, None], block_q)
     s = Span(start_k[None, :], np.minimum(start_k + block_k, S)[None, :], block_k)
@@ -74,7 +74,7 @@ def plan(mask: Mask, T: int, S: int, block_q: int, block_k: int, num_groups: int
       num_groups: K. The G = N / K query heads of a group share one list, the union of theirs. None keeps heads.
 
     Returns:
-      A Plan; NumPy for a mask without arrays, else jnp.
+      A Plan; NumPy where the mask holds no arrays, or only NumPy's; else jnp.
     """
     codes = tile_codes(mask, T, S, block_q, block_k)
     xp = np if isinstance(codes, np.ndarray) else jnp
