@@ -48,7 +48,8 @@ def array_leaves():
 
 def expressions(static: bool = False, leaves=None):
     """Expressions of & | ~ shift and Blocks."""
-    leaves = leaves or (static_leaves() if static else static_leaves() | array_leaves())
+    if leaves is None:
+        leaves = static_leaves() if static else static_leaves() | array_leaves()
     offsets = st.integers(-3, 5)
     if not static:
         offsets |= st.sampled_from([np.array([0, 3]), np.array([2, -1]), np.array(4)])
