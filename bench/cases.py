@@ -26,6 +26,7 @@ class Case:
     """One question: which implementations, at which shape, over which lengths.
 
     A length is the number of keys S; there are as many queries, unless `queries` says otherwise (decoding).
+    always: the tiled implementation is measured at every length, even where time has run out.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Case:
     masks: tuple[str, ...] = ("causal",)
     dtype_cpu: str = "float32"
     dtype_gpu: str = "bfloat16"
+    always: bool = False
 
     def dtype(self, device: str) -> str:
         return self.dtype_gpu if device == "cuda" else self.dtype_cpu
@@ -165,6 +167,7 @@ CASES = {
             lengths=(1024, 4096, 16384),
             quick_lengths=(256, 1024),
             implementations=_MAIN + LAYERS,
+            always=True,
         ),
         Case(
             name="llama-2-7b",
@@ -415,4 +418,5 @@ def custom(shape: str, mask: str) -> Case:
         batch=B,
         queries=None if T == S else T,
         masks=(mask,),
+        always=True,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -88,6 +89,7 @@ def measure(settings, chosen, folder, command, earlier=None, *, traffic=False) -
         print(error, file=sys.stderr)
         return 2
     stopped = False
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ended from outside: as by Ctrl-C
     with runner:
         found = runner.results["environment"]
         packages = ", ".join(f"{name} {version}" for name, version in found["versions"].items())

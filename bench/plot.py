@@ -198,48 +198,51 @@ def time_figure(data: dict, key: tuple, rows: list[dict], path: Path) -> Path:
     length = crossover(rows)
     if length is None:
         text = "flash more than 2x faster: never"
-        ax.text(0.02, 0.98, text, transform=ax.transAxes, va="top", fontsize=8)
+        ax.text(0.98, 0.02, text, transform=ax.transAxes, ha="right", va="bottom", fontsize=8)
     else:
         ax.axvline(length, color="#808080", linewidth=1, linestyle=(0, (6, 3)), zorder=0)
-        ax.text(
-            0.02,
-            0.98,
-            f"dashed grey: from length {length} on\nflash is more than 2x faster",
-            transform=ax.transAxes,
-            va="top",
-            fontsize=8,
-        )
+        text = f"dashed grey: from length {length} on\nflash is more than 2x faster"
+        ax.text(0.98, 0.02, text, transform=ax.transAxes, ha="right", va="bottom", fontsize=8)
     figure.suptitle(f"{caption(key, rows)}\n{where(data)}", fontsize=10)
     return save(figure, path)
 
 
 def mark_missing(ax, part: list[dict]) -> None:
-    """A cross on the upper edge for each row that did not fit in memory, numbered down from the edge."""
-    lost: dict[int, int] = {}
+    """A hollow marker in a strip above the data for each row that did not fit in memory."""
+    lost: dict[int, list[dict]] = {}
     for row in part:
         if row["status"] == "out of memory" or row["reason"].startswith("memory:"):
-            depth = lost.get(row["keys"], 0)
-            lost[row["keys"]] = depth + 1
+            lost.setdefault(row["keys"], []).append(row)
+    if not lost:
+        return
+    step = 0.05
+    strip = step * (max(map(len, lost.values())) + 0.5)
+    low, high = ax.get_ylim()
+    ax.set_ylim(low, high * (high / low) ** (strip / (1 - strip)))
+    ticks = ax.get_yticks()
+    ax.set_yticks([tick for tick in ticks if low <= tick <= high])
+    ax.axhspan(high, ax.get_ylim()[1], color="#f0f0f0", zorder=1.5)
+    for length, rows in lost.items():
+        for index, row in enumerate(rows):
+            look = style(row["implementation"])
             ax.plot(
-                [row["keys"]],
-                [0.96 - 0.045 * depth],
+                [length],
+                [1 - step * (index + 0.75)],
                 transform=ax.get_xaxis_transform(),
-                marker=style(row["implementation"]).marker,
+                marker=look.marker,
                 markersize=7,
                 markerfacecolor="none",
-                markeredgecolor=style(row["implementation"]).colour,
+                markeredgecolor=look.colour,
                 linestyle="none",
-                clip_on=False,
             )
-    for length in lost:
         ax.annotate(
-            "does not fit",
-            (length, 0.98),
+            "does not fit in memory",
+            (length, 1 - strip / 2),
             xycoords=ax.get_xaxis_transform(),
-            xytext=(-8, 0),
+            xytext=(-9, 0),
             textcoords="offset points",
             ha="right",
-            va="top",
+            va="center",
             fontsize=8,
         )
 

@@ -227,6 +227,7 @@ class Runner:
         self.threads = settings.threads or environment.cores()
         self.started = 0
         self.under_way: list[Measurement] = []
+        self.always: set[str] = set()
         chosen = settings.device
         self.judge = self.new_child()
         try:
@@ -285,6 +286,7 @@ class Runner:
 
     def run(self, chosen: list[Case]) -> dict:
         """Measure the cases, saving after each row; returns what is in the results file."""
+        self.always = {case.name for case in chosen if case.always}
         plan = [(case, mask, length) for case in chosen for mask in case.masks for length in self.lengths(case)]
         total = sum(len(self.names(case)) for case, _, _ in plan)
         with Progress(total) as progress:
@@ -297,6 +299,11 @@ class Runner:
                 problems = [self.problem(case, name, mask, length) for name in self.names(case)]
                 self.measure(problems, later, progress)
         return self.results
+
+    def must_run(self, problem: Problem) -> bool:
+        """The tiled implementation that is measured at every length of such a case, whatever it takes."""
+        tiled = "jaxattn-triton" if self.device == "cuda" else "jaxattn-blockwise"
+        return problem.implementation == tiled and problem.case in self.always
 
     def lengths(self, case: Case) -> tuple[int, ...]:
         if self.settings.lengths:
@@ -346,10 +353,10 @@ class Runner:
             else:
                 waiting.append(one)
         self.under_way = waiting
-        must = [one for one in waiting if must_run(one.problem, self.device)]
+        must = [one for one in waiting if self.must_run(one.problem)]
         try:
             self.open(must, progress)
-            reserved_s = sum(self.cost_s(problem, 2) for problem in later if must_run(problem, self.device))
+            reserved_s = sum(self.cost_s(problem, 2) for problem in later if self.must_run(problem))
             admitted = self.admit([one for one in waiting if one not in must], reserved_s, progress)
             beside = [one for one in must if one.row["status"] == "ok"]
             for batch in list(self.batches(admitted)) or [[]]:
@@ -564,11 +571,6 @@ class Runner:
         self.results["seconds"] = time.monotonic() - self.start
         self.save()
         progress.done(one.row)
-
-
-def must_run(problem: Problem, device: str) -> bool:
-    """The tiled implementation that every length is measured with, whatever it takes."""
-    return problem.implementation == ("jaxattn-triton" if device == "cuda" else "jaxattn-blockwise")
 
 
 def memory_reason(needed: float, limit: float) -> str:

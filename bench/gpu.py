@@ -1,0 +1,166 @@
+"""`python -m bench gpu`: everything for a machine with a GPU, in parts, each saved as soon as it is done.
+
+Design fact: a part is a command of this project in a process of its own, with a limit of time; what it prints
+and what it writes lies in a folder of its name. A part that fails or takes too long is recorded with its
+reason, and the next one runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import json
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from bench import commands, environment, results, run
+
+# In this order, until the time of the part is spent: what matters most comes first.
+CASES = ("llama-3.2-1b", "speedup", "decode", "packed", "window-64", "windows", "mqa", "llama-2-7b")
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One command. limit_s: it is ended after that. needs: the subcommand of bench that must be there."""
+
+    name: str
+    text: str
+    argv: tuple[str, ...]
+    limit_s: float
+    needs: str | None = None
+
+
+def parts(folder: Path) -> list[Part]:
+    """The parts in order; together at most eight minutes."""
+    chosen = [word for name in CASES for word in ("--case", name)]
+    cases_argv = ("bench", *chosen, "--device", "cuda", "--minutes", "3.8", "--out", str(folder / "cases"))
+    return [
+        Part("parity", "every stage against torch, planted faults", ("oracle",), 60),
+        Part("cases", "every implementation beside every other", cases_argv, 260),
+        Part("traffic", "bytes moved, modelled for this GPU", ("bench", "traffic"), 40, "traffic"),
+        Part("counters", "hardware counters beside the model", ("bench", "counters"), 60, "counters"),
+        Part("tune", "the shipped block sizes against their neighbours", ("bench", "tune"), 60, "tune"),
+    ]
+
+
+def main(argv: list[str]) -> int:
+    """Run the parts, or those asked for; returns 1 where one failed, 2 without a GPU."""
+    names = [part.name for part in parts(Path())]
+    parser = argparse.ArgumentParser(prog="python -m bench gpu", description=main.__doc__)
+    parser.add_argument("--part", action="append", default=[], choices=names, help="only this part; may be repeated")
+    parser.add_argument("--out", type=Path, help="folder for the results; an earlier run's goes on there")
+    parser.add_argument("--publish", action="store_true", help="copy the results to bench/results/<device>/")
+    arguments = parser.parse_args(argv)
+    found = look(run.child_environment("auto", environment.cores()))
+    for note in found["notes"]:
+        print(f"Note: {note}")
+    if found["device"] != "cuda":
+        print("No GPU: jax sees only the CPU, so nothing was run.", file=sys.stderr)
+        return 2
+    now = datetime.datetime.now(datetime.UTC)
+    slug = environment.slug(found["device_name"])
+    folder = arguments.out or run.ROOT / "bench/results/runs" / f"{now:%Y%m%dT%H%M%SZ}-{slug}"
+    print(f"{found['device_name']}\nResults: {folder}")
+    chosen = [part for part in parts(folder) if not arguments.part or part.name in arguments.part]
+    record = run_parts(chosen, folder)
+    if arguments.publish:
+        print(f"Published: {publish(folder, run.ROOT / 'bench/results' / target_slug(found))}")
+    return 0 if all(part["status"] in ("ok", "missing") for part in record.values()) else 1
+
+
+def look(variables: dict[str, str]) -> dict:
+    """The environment, found in a process of its own, so that this one holds no GPU memory."""
+    code = "import json; from bench import environment; print(json.dumps(environment.describe()))"
+    finished = subprocess.run(
+        [sys.executable, "-c", code], cwd=run.ROOT, env=variables, capture_output=True, text=True, check=True
+    )
+    return json.loads(finished.stdout.splitlines()[-1])
+
+
+def run_parts(chosen: list[Part], folder: Path) -> dict[str, dict]:
+    """Run parts one after the other; `parts.json` says at any time which are done and how they ended."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "parts.json"
+    record = json.loads(path.read_text()) if path.exists() else {}
+    for part in chosen:
+        print(f"\n== {part.name}: {part.text}", flush=True)
+        if part.needs and part.needs not in commands.available():
+            record[part.name] = {"status": "missing", "reason": f"this checkout has no bench {part.needs}"}
+        else:
+            record[part.name] = run_part(part, folder / part.name)
+        print(f"== {part.name}: {record[part.name]['status']} {record[part.name]['reason']}", flush=True)
+        results.write_text(path, json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def run_part(part: Part, folder: Path) -> dict:
+    """Run one part, its output shown and kept in `output.txt`; how it ended and how long it took."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", *part.argv]
+    start = time.monotonic()
+    process = subprocess.Popen(
+        command, cwd=run.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    late = threading.Event()
+
+    def end() -> None:
+        late.set()
+        process.terminate()
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+
+    timer = threading.Timer(part.limit_s, end)
+    timer.start()
+    try:
+        with (folder / "output.txt").open("w") as file:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                file.write(line)
+                file.flush()
+        code = process.wait()
+    finally:
+        timer.cancel()
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    if late.is_set():
+        status, reason = "timed out", f"ended after {part.limit_s:g} s; what it had written is kept"
+    elif code:
+        status, reason = "failed", f"exit code {code}; see {part.name}/output.txt"
+    else:
+        status, reason = "ok", ""
+    seconds = round(time.monotonic() - start, 1)
+    words = ["python", *command[1:]]
+    return {"status": status, "reason": reason, "seconds": seconds, "command": shlex.join(words)}
+
+
+def target_slug(found: dict) -> str:
+    """The device's folder under `bench/results`: the profiler's name for it."""
+    from jaxattn.profiler import targets
+
+    return targets.here("cuda", found["device_name"]).slug
+
+
+def publish(folder: Path, place: Path) -> Path:
+    """Copy a run's results to their place, whole or not at all; nothing is committed.
+
+    What was there is replaced part by part: a run of one part leaves the others.
+    """
+    place.mkdir(parents=True, exist_ok=True)
+    for source in sorted(folder.iterdir()):
+        new, old = place / (source.name + ".new"), place / source.name
+        if source.is_dir():
+            shutil.copytree(source, new, dirs_exist_ok=True)
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            shutil.copy2(source, new)
+        new.rename(old)
+    return place

@@ -1,0 +1,79 @@
+"""The parts of `python -m bench gpu`: each is recorded as soon as it ends, and none takes another with it."""
+
+import json
+
+import pytest
+
+from bench import gpu, run
+from bench.gpu import Part
+
+
+@pytest.fixture
+def modules(tmp_path, monkeypatch):
+    """A folder that `python -m` finds commands in, in place of the project's."""
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    for name, code in (
+        ("good", "print('fine')"),
+        ("bad", "raise SystemExit(3)"),
+        ("endless", "import time\nprint('begun', flush=True)\ntime.sleep(60)"),
+    ):
+        (tmp_path / f"{name}.py").write_text(code)
+    return tmp_path / "out"
+
+
+def test_each_part_is_recorded_with_how_it_ended(modules):
+    chosen = [
+        Part("one", "", ("good",), 60),
+        Part("two", "", ("bad",), 60),
+        Part("three", "", ("endless",), 1),
+        Part("four", "", ("good",), 60, needs="no such command"),
+        Part("five", "", ("good",), 60),
+    ]
+    gpu.run_parts(chosen, modules)
+    record = json.loads((modules / "parts.json").read_text())
+    status = {name: part["status"] for name, part in record.items()}
+    assert status == {"one": "ok", "two": "failed", "three": "timed out", "four": "missing", "five": "ok"}
+    assert record["two"]["reason"] == "exit code 3; see two/output.txt"
+    assert record["three"]["seconds"] < 20
+    assert (modules / "three/output.txt").read_text() == "begun\n"
+    assert record["one"]["command"] == "python -m good"
+
+
+def test_a_part_run_alone_leaves_the_record_of_the_others(modules):
+    gpu.run_parts([Part("one", "", ("good",), 60), Part("two", "", ("bad",), 60)], modules)
+    (modules.parent / "bad.py").write_text("")
+    gpu.run_parts([Part("two", "", ("bad",), 60)], modules)
+    record = json.loads((modules / "parts.json").read_text())
+    assert [part["status"] for part in record.values()] == ["ok", "ok"]
+
+
+def test_parts_stay_within_eight_minutes(tmp_path):
+    assert sum(part.limit_s for part in gpu.parts(tmp_path)) <= 480
+
+
+def test_publishing_replaces_what_was_measured_again_and_keeps_the_rest(tmp_path):
+    run_folder, place = tmp_path / "run", tmp_path / "results"
+    for path, text in (("run/cases/a", "new"), ("results/cases/a", "old"), ("results/cases/b", "old")):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(text)
+    (place / "tune").mkdir()
+    (place / "tune/table").write_text("kept")
+    (run_folder / "parts.json").write_text("{}")
+    gpu.publish(run_folder, place)
+    assert (place / "cases/a").read_text() == "new"
+    assert not (place / "cases/b").exists()
+    assert (place / "tune/table").read_text() == "kept"
+    assert sorted(path.name for path in place.iterdir()) == ["cases", "parts.json", "tune"]
+
+
+def test_without_a_gpu_it_says_so_and_runs_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "look", lambda _: {"device": "cpu", "notes": ["a note"]})
+    monkeypatch.setattr(gpu, "run_parts", None)
+    assert gpu.main([]) == 2
+    printed = capsys.readouterr()
+    assert "a note" in printed.out
+    assert "jax sees only the CPU" in printed.err
+
+
+def test_results_of_a_known_gpu_go_to_its_folder():
+    assert gpu.target_slug({"device_name": "NVIDIA H200"}) == "h200"

@@ -1,0 +1,175 @@
+"""Figures and reports come from results files only; summaries and comparisons are what they say."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+
+from bench import commands, compare, plot, report, results, run
+
+LABELS = {"jaxattn-naive": False, "jaxattn-blockwise": True, "torch-sdpa-flash": True}
+
+
+def row(name, length, times_s=(), **others):
+    made = {
+        "case": "llama-3.2-1b",
+        "mask": "causal",
+        "batch": 1,
+        "queries": length,
+        "keys": length,
+        "heads": 32,
+        "kv_heads": 8,
+        "head_dim": 64,
+        "dtype": "float32",
+        "direction": "forward",
+        "cold": False,
+        "layer": False,
+        "implementation": name,
+        "label": name.replace("-", " "),
+        "framework": "torch" if name.startswith("torch") else "jax",
+        "tiled": LABELS[name],
+        "status": "ok" if times_s else "skipped",
+        "reason": "",
+        "flops": 2.0 * 64 * 32 * length**2,
+        "predicted_bytes": 12 * 32 * length**2,
+        "available_bytes": 20 * 10**9,
+        "peak_bytes": 12 * 32 * length**2 if times_s else None,
+        "error": {"rmse": 3e-7, "bound": 6e-7} if times_s else None,
+        "times_s": list(times_s),
+        "device_times_s": [],
+    }
+    return made | others
+
+
+def data(rows):
+    return {
+        "schema": results.SCHEMA,
+        "date": "2000-01-01T00:00:00+00:00",
+        "command": "made up for a test",
+        "commit": None,
+        "settings": {"threads": 2},
+        "environment": {
+            "device": "cpu",
+            "device_name": "Test CPU",
+            "cores": 2,
+            "memory_bytes": 20 * 10**9,
+            "versions": {"jax": "0"},
+            "python": "3",
+            "notes": ["a note"],
+        },
+        "method": ["how"],
+        "rows": rows,
+    }
+
+
+@pytest.fixture
+def example():
+    rows = [row("jaxattn-naive", 1024, (0.15, 0.15, 0.15)), row("jaxattn-naive", 4096, (4.0, 4.1, 4.2))]
+    reason = "memory: 103.4 GB predicted, 17.0 GB may be used"
+    rows.append(row("jaxattn-naive", 16384, reason=reason))
+    for length, time_s in ((1024, 0.1), (4096, 1.0), (16384, 16.0)):
+        rows.append(row("jaxattn-blockwise", length, (time_s, 1.1 * time_s, 0.9 * time_s)))
+        rows.append(row("torch-sdpa-flash", length, (2 * time_s,)))
+    return data(rows)
+
+
+def test_crossover_is_the_first_length_at_which_flash_is_more_than_twice_as_fast(example):
+    assert plot.crossover(example["rows"]) == 4096
+    assert plot.crossover([one for one in example["rows"] if one["keys"] == 1024]) is None
+
+
+def test_figures_are_drawn_and_hold_what_was_not_measured_as_hollow_markers(example, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(plot, "save", lambda figure, path: drawn.setdefault(path.name, figure) and path)
+    names = [path.name for path in plot.draw(example, tmp_path)]
+    assert names == [f"llama-3.2-1b-{kind}.png" for kind in ("time", "tflops", "memory", "error")]
+    ax = drawn["llama-3.2-1b-memory.png"].axes[0]
+    hollow = [line for line in ax.get_lines() if line.get_markerfacecolor() == "none"]
+    assert [list(line.get_xdata()) for line in hollow] == [[16384]]
+    assert hollow[0].get_color() == plot.STYLES["jaxattn-naive"].colour
+    (time_ax,) = drawn["llama-3.2-1b-time.png"].axes
+    vertical = [line for line in time_ax.get_lines() if list(line.get_xdata()) == [4096, 4096]]
+    assert len(vertical) == 1
+    solid = {line.get_label(): list(line.get_ydata()) for line in time_ax.get_lines()}
+    assert solid["jaxattn blockwise"] == [100.0, 1000.0, 16000.0]
+
+
+def test_figures_say_never_where_flash_is_never_twice_as_fast(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(plot, "save", lambda figure, path: figures.append(figure) or path)
+    plot.draw(data([row("jaxattn-naive", 64, (1.0,)), row("jaxattn-blockwise", 64, (1.0,))]), tmp_path)
+    assert any("never" in text.get_text() for text in figures[0].axes[0].texts)
+
+
+def test_no_two_implementations_look_alike_on_grey_paper():
+    looks = [(style.marker, style.line) for style in plot.STYLES.values()]
+    assert len(set(looks)) == len(looks)
+
+
+def test_plotting_imports_no_framework(example, tmp_path):
+    results.save(example, tmp_path)
+    code = (
+        "import sys; from pathlib import Path; from bench import plot, report, results\n"
+        f"folder = Path({str(tmp_path)!r}); data = results.load(folder)\n"
+        "report.write(data, folder, plot.draw(data, folder))\n"
+        "print([name for name in ('jax', 'torch', 'jaxattn') if name in sys.modules])"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], cwd=run.ROOT, capture_output=True, text=True, check=True)
+    assert finished.stdout.strip() == "[]"
+    text = (tmp_path / "report.md").read_text()
+    assert "more than 2x faster than standard from length 4096" in text
+    assert "Speedup at n=4096: 4.10x (jaxattn blockwise over jaxattn naive)" in text
+    assert "| jaxattn naive | 16384 | skipped | memory: 103.4 GB predicted, 17.0 GB may be used |" in text
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 4
+    assert 'src="llama' not in page
+
+
+def test_summary_is_median_spread_and_rate():
+    short = results.summary({"times_s": [0.2, 0.1, 0.4, 0.3, 0.2], "flops": 1e12})
+    assert short.time_ms == 200
+    assert (short.low_ms, short.high_ms, short.repeats) == (100, 400, 5)
+    assert short.tflops == pytest.approx(5.0)
+    assert short.noise == pytest.approx(0.05 / 0.2)
+    assert results.summary({"times_s": [1.0], "device_times_s": [0.5], "flops": 1e12}).tflops == pytest.approx(2.0)
+    assert results.summary({"times_s": []}).time_ms is None
+
+
+def test_compare_tells_noise_from_difference(example, tmp_path, capsys):
+    other = data([one | {"times_s": [3 * t for t in one["times_s"]]} for one in example["rows"]])
+    ratios = results.compare(example, other)
+    assert all(math.isclose(ratio.ratio, 3) for ratio in ratios)
+    assert {ratio.verdict for ratio in ratios} == {"slower", "too few repeats to say"}
+    assert {ratio.verdict for ratio in results.compare(example, example)} == {"within noise", "too few repeats to say"}
+    assert {ratio.verdict for ratio in results.compare(other, example)} >= {"faster"}
+    results.save(example, tmp_path / "a")
+    results.save(data([]), tmp_path / "b")
+    assert compare.main([str(tmp_path / "a"), str(tmp_path / "a")]) == 0
+    assert "within noise" in capsys.readouterr().out
+    assert compare.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 1
+
+
+@pytest.mark.parametrize(("text", "problem"), [(None, "no results here"), ("{", "not JSON"), ("{}", "schema")])
+def test_a_file_that_is_no_results_file_is_named(text, problem, tmp_path):
+    if text is not None:
+        (tmp_path / "results.json").write_text(text)
+    with pytest.raises(ValueError, match=problem):
+        results.load(tmp_path)
+
+
+def test_numbers_keep_three_digits():
+    assert [report.number(x) for x in (1234.6, 12.34, 0.00123, None)] == ["1235", "12.3", "0.00123", ""]
+
+
+def test_only_commands_whose_module_is_there_are_listed(monkeypatch):
+    assert {"compare", "plot", "report", "calculate"} <= commands.available().keys()
+    monkeypatch.setitem(commands.COMMANDS, "ghost", commands.Command("bench.no_such_module", "not there"))
+    assert "ghost" not in commands.available()
+
+
+def test_an_unknown_command_is_answered_with_the_commands(capsys):
+    from bench import __main__
+
+    assert __main__.main(["ghost"]) == 2
+    assert "calculate" in capsys.readouterr().err

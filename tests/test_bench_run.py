@@ -1,0 +1,274 @@
+"""The runner: nothing wrong is timed, a crash costs one row, what cannot fit is skipped with its numbers.
+
+Runs real child processes at tiny shapes; the predictions of memory are compared with real peaks.
+"""
+
+import json
+import sys
+
+import pytest
+
+from bench import adapters, cases, child, environment, measure, results, run
+from bench.cases import Problem
+
+TINY = cases.custom("1,64,64,4,2,16", "causal")
+FUNCTIONS = "tests.bench_functions:"
+
+
+def runner(tmp_path, earlier=None, **settings):
+    settings = run.Settings(**{"device": "cpu", "total_s": 120, "repeats": 3, **settings})
+    return run.Runner(settings, tmp_path / "run", "a test", earlier)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """One run of good and bad implementations side by side; its results."""
+    tmp_path = tmp_path_factory.mktemp("mixed")
+    known = ("jaxattn-blockwise", "torch-sdpa-flash", "jaxattn-triton", "torch-sdpa-efficient")
+    brought = ("right", "wrong", "crashing", "too_large", "wasteful", "absent")
+    names = (*known, *(FUNCTIONS + name for name in brought), f"torch:{FUNCTIONS}torch_right")
+    with runner(tmp_path, implementations=names) as one:
+        one.run([TINY])
+    return results.load(tmp_path / "run")
+
+
+def row_of(data, name):
+    (row,) = [row for row in data["rows"] if row["implementation"] == name]
+    return row
+
+
+@pytest.mark.parametrize(
+    "name", ["jaxattn-blockwise", "torch-sdpa-flash", FUNCTIONS + "right", f"torch:{FUNCTIONS}torch_right"]
+)
+def test_a_right_implementation_is_judged_and_timed(mixed, name):
+    row = row_of(mixed, name)
+    assert row["status"] == "ok", row["reason"]
+    assert len(row["times_s"]) >= 3
+    assert 0 < row["error"]["rmse"] <= row["error"]["bound"]
+    assert row["error"]["rows"] == 32
+
+
+def test_a_wrong_implementation_is_shown_as_wrong_and_not_timed(mixed):
+    row = row_of(mixed, FUNCTIONS + "wrong")
+    assert row["status"] == "wrong"
+    assert row["times_s"] == []
+    assert row["error"]["rmse"] > 1000 * row["error"]["bound"]
+    assert "times the allowed error" in row["reason"]
+
+
+def test_a_crash_costs_its_own_row_only(mixed):
+    row = row_of(mixed, FUNCTIONS + "crashing")
+    assert row["status"] == "crashed"
+    assert "SIGABRT" in row["reason"]
+
+
+def test_running_out_of_memory_costs_its_own_row_only(mixed):
+    assert row_of(mixed, FUNCTIONS + "too_large")["status"] == "out of memory"
+
+
+def test_what_the_compiler_says_is_too_large_is_never_run(mixed):
+    row = row_of(mixed, FUNCTIONS + "wasteful")
+    assert row["status"] == "skipped"
+    assert row["reason"].startswith("memory: ")
+    assert row["compiled_peak_bytes"] > 1e15
+
+
+def test_an_implementation_that_is_not_there_is_named_with_the_reason(mixed):
+    row = row_of(mixed, FUNCTIONS + "absent")
+    assert row["status"] == "failed"
+    assert "absent" in row["reason"]
+
+
+@pytest.mark.parametrize("name", ["jaxattn-triton", "torch-sdpa-efficient"])
+def test_what_needs_a_gpu_is_refused_on_a_cpu_with_the_reason(mixed, name):
+    row = row_of(mixed, name)
+    assert row["status"] == "refused"
+    assert "CUDA only" in row["reason"]
+
+
+def test_the_file_holds_what_the_figures_were_taken_on(mixed):
+    assert mixed["environment"]["device"] == "cpu"
+    assert {"jax", "torch", "numpy"} <= mixed["environment"]["versions"].keys()
+    assert mixed["settings"]["seed"] == 0
+    assert mixed["command"] == "a test"
+
+
+def test_a_resumed_run_measures_only_what_is_not_done(mixed, tmp_path):
+    again = (FUNCTIONS + "right", FUNCTIONS + "crashing", "jaxattn-triton")
+    with runner(tmp_path, earlier=mixed, implementations=again) as one:
+        kept = [row["implementation"] for row in one.results["rows"]]
+        assert FUNCTIONS + "right" in kept
+        assert FUNCTIONS + "crashing" not in kept
+        started = one.started
+        one.run([TINY])
+        assert one.started == started + 1
+        data = one.results
+    assert row_of(data, FUNCTIONS + "right") == row_of(mixed, FUNCTIONS + "right")
+    assert row_of(data, FUNCTIONS + "crashing")["status"] == "crashed"
+    assert data["resumed"] == [mixed["date"]]
+
+
+def test_gradients_are_judged_and_timed(tmp_path):
+    with runner(tmp_path, direction="both", implementations=("jaxattn-blockwise", "torch-eager")) as one:
+        one.run([TINY])
+        rows = one.results["rows"]
+    assert [row["status"] for row in rows] == ["ok", "ok"], [row["reason"] for row in rows]
+    assert all(row["times_s"] for row in rows)
+
+
+def test_without_time_only_the_tiled_implementation_runs(tmp_path):
+    with runner(tmp_path, total_s=0, implementations=("jaxattn-naive", "jaxattn-blockwise")) as one:
+        one.run([TINY])
+        data = one.results
+    assert row_of(data, "jaxattn-blockwise")["status"] == "ok"
+    naive = row_of(data, "jaxattn-naive")
+    assert naive["status"] == "skipped"
+    assert naive["reason"] == "time: about 4 s predicted, 0 s left"
+
+
+def test_what_cannot_fit_is_skipped_before_anything_is_started(tmp_path, monkeypatch):
+    monkeypatch.setattr(environment, "available_bytes", lambda: 24 * 10**9)
+    names = ("jaxattn-naive", "jax-nn-xla", "torch-eager", "torch-sdpa-math", "hf-eager-layer")
+    with runner(tmp_path, implementations=names, lengths=(16384,)) as one:
+        started = one.started
+        one.run([cases.CASES["llama-3.2-1b"]])
+        assert one.started == started
+        rows = one.results["rows"]
+    assert [row["status"] for row in rows] == ["skipped"] * 5
+    assert rows[0]["reason"] == "memory: 69.1 GB predicted, 20.4 GB may be used"
+    assert all(row["predicted_bytes"] > row["available_bytes"] for row in rows)
+
+
+STANDARD = ("jaxattn-naive", "jax-nn-xla", "torch-eager", "torch-sdpa-math")
+
+
+@pytest.mark.parametrize(
+    ("name", "length"),
+    [*((name, 1024) for name in STANDARD), *(pytest.param(name, 4096, marks=pytest.mark.slow) for name in STANDARD)],
+)
+def test_predicted_bytes_are_within_20_percent_of_the_measured_peak(name, length, tmp_path):
+    problem = Problem("c", name, 1, length, length, 32, 8, 64, "causal", "float32", "cpu", threads=2)
+    one = run.Child("cpu", 2, tmp_path / "log")
+    try:
+        for do, request in (
+            ("load", {"problem": problem.__dict__}),
+            ("compile", {}),
+            ("first", {"rows_path": str(tmp_path / "rows.npz")}),
+        ):
+            reply = one.ask(do, 120, **request)
+            assert reply["ok"], reply
+    finally:
+        one.close()
+    assert adapters.find(name).predicted_bytes(problem) == pytest.approx(reply["peak_bytes"], rel=0.2)
+
+
+def test_time_is_predicted_from_the_shorter_length_and_the_flops(tmp_path):
+    one = run.Runner.__new__(run.Runner)
+    one.under_way = []
+    short, long = (Problem("c", "x", 1, n, n, 2, 2, 16, "causal", "float32", "cpu") for n in (1000, 4000))
+    one.results = {"rows": [short.__dict__ | {"times_s": [1.0, 3.0, 2.0], "flops": short.flops()}]}
+    assert one.predicted_s(long) == 32.0
+    assert one.predicted_s(short) is None
+
+
+def test_a_child_that_does_not_answer_is_ended(tmp_path, monkeypatch):
+    monkeypatch.setattr(run.sys, "executable", "/bin/sleep")
+    monkeypatch.setattr(run.subprocess, "Popen", lambda argv, **options: POPEN(["/bin/sleep", "60"], **options))
+    one = run.Child("cpu", 1, tmp_path / "log")
+    with pytest.raises(run.ChildFailure, match="no answer within 0 s") as caught:
+        one.ask("environment", 0.2, device="cpu")
+    assert caught.value.status == "timed out"
+    assert one.process.returncode is not None
+
+
+POPEN = run.subprocess.Popen
+
+
+def test_results_are_replaced_whole(tmp_path, monkeypatch):
+    results.save({"schema": 1, "rows": [1]}, tmp_path)
+    with pytest.raises(TypeError):
+        results.save({"schema": 1, "rows": [object()]}, tmp_path)
+    assert results.load(tmp_path)["rows"] == [1]
+    monkeypatch.setattr(results.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        results.save({"schema": 1, "rows": [2]}, tmp_path)
+    assert results.load(tmp_path)["rows"] == [1]
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (ModuleNotFoundError("No module named 'tokamax'"), "missing"),
+        (MemoryError(), "out of memory"),
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate"), "out of memory"),
+        (NotImplementedError("no bias"), "refused"),
+        (RuntimeError("No viable backend for scaled_dot_product_attention was found."), "refused"),
+        (ValueError("shapes"), "failed"),
+    ],
+)
+def test_an_exception_becomes_a_status(error, status):
+    assert child.classify(error) == status
+
+
+def test_a_gpu_that_jax_does_not_use_is_named_with_the_line_that_installs_it(monkeypatch):
+    monkeypatch.setattr(environment, "nvidia_gpu", lambda: "NVIDIA H100")
+    (note,) = environment.describe()["notes"]
+    assert "NVIDIA H100" in note
+    assert "pip install -e '.[all,cuda]'" in note
+    assert environment.describe("cpu")["notes"] == []
+
+
+def test_the_main_job_without_rich_matplotlib_and_torch_ends_normally(tmp_path, capfd):
+    """What is missing is said; rows are marked unchecked; the report is there."""
+    blocked = tmp_path / "blocked"
+    for name in ("rich", "matplotlib", "torch", "transformers"):
+        (blocked / name).mkdir(parents=True)
+        (blocked / name / "__init__.py").write_text(f"raise ModuleNotFoundError('No module named {name!r}')\n")
+    code = (
+        "import sys, importlib.metadata as m; real = m.version\n"
+        "def version(name):\n"
+        "    if name in ('torch', 'transformers', 'matplotlib'): raise m.PackageNotFoundError(name)\n"
+        "    return real(name)\n"
+        "m.version = version\n"
+    )
+    (blocked / "sitecustomize.py").write_text(code)
+    out = tmp_path / "out"
+    argv = ["--shape", "1,64,64,2,1,16", "--impl", "jaxattn-blockwise", "--impl", "torch-eager", "--out", str(out)]
+    finished = run.subprocess.run(
+        [sys.executable, "-m", "bench", *argv, "--repeats", "2"],
+        cwd=run.ROOT,
+        env=run.child_environment("cpu", 2) | {"PYTHONPATH": str(blocked)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert "torch is not installed: no float64 reference, so results are unchecked" in finished.stdout
+    assert "No figures" in finished.stdout
+    data = json.loads((out / "results.json").read_text())
+    assert row_of(data, "torch-eager")["status"] == "missing"
+    assert row_of(data, "jaxattn-blockwise")["times_s"]
+    assert "unchecked" in (out / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("argv", "problem"),
+    [
+        (["--impl", "flash"], "unknown implementation 'flash'"),
+        (["--shape", "1,2"], "six integers"),
+        (["--mask", "causal"], "--mask goes with --shape"),
+        (["--case", "mqa", "--shape", "1,8,8,2,1,8"], "give one of them"),
+        (["--seq", "0"], "at least 1"),
+        (["--resume", "/nowhere"], "no results here"),
+    ],
+)
+def test_wrong_options_are_explained_before_anything_runs(argv, problem, capsys):
+    with pytest.raises(SystemExit):
+        measure.main(argv)
+    assert problem in capsys.readouterr().err
+
+
+def test_list_shows_cases_and_implementations(capsys):
+    assert measure.main(["--list"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in (*cases.CASES, *adapters.ADAPTERS))
