@@ -77,7 +77,6 @@ def run_parity(args) -> int:
     from oracle import faults, parity
 
     start = time.perf_counter()
-    _quiet()
     print(f"{_versions()}\nTF32 is off on both sides; tolerance: RMSE at most 2x plain torch's + u x RMS(|terms|)\n")
     rows, problems = [], []
     print(parity.HEADER)
@@ -85,6 +84,7 @@ def run_parity(args) -> int:
         subject = parity.file_subject(args.layer_file, tokens=args.tokens)
         rows += _compare(subject, ("float32", "bfloat16"), ("naive", "blockwise"))
         return _finish(args, rows, [], problems, start)
+    _quiet()
     with _checkpoint(args) as folder:
         main_subject, cases = None, {}
         for subject, dtypes, names in _subjects(args, folder, problems):
@@ -110,28 +110,23 @@ def _subjects(args, folder, problems: list[str]):
     partly."""
     import jax
 
-    from jaxattn.llama import LlamaConfig
     from oracle import checkpoint, parity
     from oracle import llama as reference
 
-    model, config = checkpoint.load_model(folder), LlamaConfig.from_folder(folder)
-    _check_layer(args.layer, config.n_layers)
-    ids = np.random.default_rng(0).integers(0, config.vocab_size, (1, args.tokens))
+    model = checkpoint.load_model(folder)
+    _check_layer(args.layer, model.config.num_hidden_layers)
+    ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, args.tokens))
     names = ("naive", "blockwise") + (("triton",) if jax.default_backend() == "gpu" else ())
-    subject = parity.llama_subject(model, config, ids, name="llama", layer=args.layer)
+    subject = parity.llama_subject(folder, model, ids, name="llama", layer=args.layer)
     problems += reference.hugging_face_is_sound(model, subject.x, layer=args.layer)
     yield subject, ("float32", "bfloat16"), names
-    later = parity.llama_subject(model, config, ids, name="llama from 1000", layer=args.layer, first_position=1000)
+    later = parity.llama_subject(folder, model, ids, name="llama from 1000", layer=args.layer, first_position=1000)
     yield later, ("float32",), names
     with tempfile.TemporaryDirectory() as tiny:
-        checkpoint.make(tiny, shapes=checkpoint.TINY)
-        tiny_model, tiny_config = checkpoint.load_model(tiny), LlamaConfig.from_folder(tiny)
-    ids = np.random.default_rng(0).integers(0, tiny_config.vocab_size, (1, 12))
-    yield (
-        parity.llama_subject(tiny_model, tiny_config, ids, name="tiny llama"),
-        ("float32", "bfloat16"),
-        ("loops", "triton"),
-    )
+        checkpoint.make(tiny, shapes=checkpoint.TINY, form="sharded")
+        ids = np.random.default_rng(0).integers(0, checkpoint.TINY.vocabulary, (1, 12))
+        subject = parity.llama_subject(tiny, checkpoint.load_model(tiny), ids, name="tiny llama")
+    yield subject, ("float32", "bfloat16"), ("loops", "triton")
     yield parity.partial_subject(), ("float32", "bfloat16"), ("naive", "blockwise")
 
 
@@ -213,13 +208,17 @@ def _quiet() -> None:
 
 
 def _versions() -> str:
-    import importlib.metadata as metadata
+    import importlib.metadata
 
     import jax
 
-    names = ("jax", "flax", "torch", "transformers", "numpy")
-    versions = ", ".join(f"{name} {metadata.version(name)}" for name in names)
-    return f"{versions}; Python {platform.python_version()}; jax on {jax.devices()[0].device_kind}"
+    found = []
+    for name in ("jax", "flax", "torch", "transformers", "numpy"):
+        try:
+            found.append(f"{name} {importlib.metadata.version(name)}")
+        except importlib.metadata.PackageNotFoundError:
+            found.append(f"no {name}")
+    return f"{', '.join(found)}; Python {platform.python_version()}; jax on {jax.devices()[0].device_kind}"
 
 
 if __name__ == "__main__":

@@ -246,6 +246,32 @@ def read_pickle(path: str | Path) -> dict[str, np.ndarray]:
     return {k: to_numpy(v) if isinstance(v, torch.Tensor) else np.float64(v) for k, v in content.items()}
 
 
+def pickles(folder: str | Path) -> list[Path]:
+    """The PyTorch weight files of a folder without safetensors: `pytorch_model*.bin` in order, or none.
+
+    >>> import tempfile
+    >>> [path.name for path in pickles(make(tempfile.mkdtemp(), shapes=TINY, form="bin"))]
+    ['pytorch_model.bin']
+    """
+    folder = Path(folder)
+    return [] if any(folder.glob("*.safetensors*")) else sorted(folder.glob("pytorch_model*.bin"))
+
+
+def read_pickles(paths: list[Path]) -> dict[str, np.ndarray]:
+    """The tensors of several PyTorch pickles together.
+
+    Raises: ValueError as `read_pickle`, and where two files hold the same name.
+    """
+    tensors: dict[str, np.ndarray] = {}
+    for path in paths:
+        content = read_pickle(path)
+        twice = sorted(tensors.keys() & content.keys())
+        if twice:
+            raise ValueError(f"{path} holds tensors that an earlier file holds too: {', '.join(twice[:10])}")
+        tensors |= content
+    return tensors
+
+
 def write_pickle(path: str | Path, tensors: dict[str, np.ndarray]) -> None:
     """Write name -> array as a torch dict that `torch.load(..., weights_only=True)` reads.
 

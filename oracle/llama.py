@@ -387,6 +387,8 @@ def _absolute_stages(module, rotary, x, positions, mask, right) -> dict[str, np.
     lse_BNT = abs(module.scaling) * (p_BNTS * (own_BNTS + np.sqrt(inputs_BNTS))).sum(-1)
     size["log_sum_exp"] = np.abs(right["log_sum_exp"]) + lse_BNT.swapaxes(1, 2)
     size["context"] = np.einsum("bnts,bsnh->btnh", p_BNTS, np.repeat(size["value"], repeat, 2))
-    context = torch.from_numpy(np.abs(right["context"])).reshape(*x.shape[:2], -1)
-    size["output"] = to_numpy(project(module.o_proj, context))
+    own, inputs = (torch.from_numpy(y).reshape(*x.shape[:2], -1) for y in (np.abs(right["context"]), size["context"]))
+    with torch.no_grad():
+        inputs = torch.sqrt(inputs**2 @ module.o_proj.weight.T**2)
+    size["output"] = to_numpy(project(module.o_proj, own) + inputs)
     return size
