@@ -1,9 +1,11 @@
 """Attention for JAX: one meaning, many implementations, from explicit loops to a Pallas kernel."""
 
 from jaxattn.api import attention_weights, dot_product_attention, explain
+from jaxattn.impl.base import Implementation
 from jaxattn.impl.blockwise import Blockwise
 from jaxattn.impl.loops import Loops
 from jaxattn.impl.naive import Naive
+from jaxattn.impl.triton import Triton
 from jaxattn.masks import (
     Blocks,
     Causal,
@@ -38,12 +40,14 @@ __all__ = [
     "Dilated",
     "Full",
     "Global",
+    "Implementation",
     "Lengths",
     "Loops",
     "Mask",
     "Naive",
     "RandomBlocks",
     "SegmentIds",
+    "Triton",
     "Window",
     "attention_sinks",
     "attention_weights",

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxattn.impl.base import Implementation, Problem
+from jaxattn.impl.base import Implementation, Problem, accumulator_dtype
 from jaxattn.impl.naive import Naive
 from jaxattn.masks import Causal, Dense, Full, Lengths, Mask, Window
 
@@ -21,10 +21,11 @@ IMPLEMENTATIONS = {
     "loops": ("jaxattn.impl.loops", "Loops"),
     "naive": ("jaxattn.impl.naive", "Naive"),
     "blockwise": ("jaxattn.impl.blockwise", "Blockwise"),
+    "triton": ("jaxattn.impl.triton", "Triton"),
     "xla": ("jaxattn.impl.jax_nn", "Xla"),
     "cudnn": ("jaxattn.impl.jax_nn", "Cudnn"),
 }
-_CHOICE = ("blockwise",)  # the order in which None tries them
+_CHOICE = ("triton", "blockwise")  # the order in which None tries them
 
 
 def dot_product_attention(
@@ -89,6 +90,7 @@ def dot_product_attention(
         local_window_size, logits_soft_cap,
     )  # fmt: skip
     out, lse = _choose(implementation, problem).attend(problem)
+    out = out.astype(jnp.asarray(query).dtype)
     if not batched:
         out, lse = out[0], lse[0]
     return (out, lse) if return_residual else out
@@ -293,11 +295,11 @@ def _check(
     combined.check(B, N, T, S)
 
     scale = 1 / math.sqrt(H) if scale is None else scale
-    if not isinstance(scale, jax.core.Tracer):
-        scale = float(scale)
-    elif scale.ndim:
+    if np.ndim(scale):
         raise ValueError(f"scale must be a number, got an array {_shape(scale)}")
-    return Problem(query, key, value, bias, combined, scale, None if cap is None else float(cap)), batched
+    if isinstance(scale, jax.core.Tracer):  # its gradient then flows through the query
+        query, scale = query.astype(accumulator_dtype(query.dtype)) * scale, 1.0
+    return Problem(query, key, value, bias, combined, float(scale), None if cap is None else float(cap)), batched
 
 
 def _shape(array) -> str:
@@ -305,14 +307,11 @@ def _shape(array) -> str:
 
 
 def _four_dimensions(name: str, array, shape):
-    fits = 2 <= array.ndim <= 4
-    if fits:
-        array = array.reshape((1,) * (4 - array.ndim) + array.shape)
-        fits = all(n == 1 or n == m for n, m in zip(array.shape, shape, strict=True))
-    if not fits:
+    four = (1,) * (4 - array.ndim) + array.shape
+    if not 2 <= array.ndim <= 4 or any(n not in (1, m) for n, m in zip(four, shape, strict=True)):
         wanted = ", ".join(f"{letter}={n}" for letter, n in zip("BNTS", shape, strict=True))
         raise ValueError(f"{name} {_shape(array)} must have 2 to 4 dimensions that broadcast to [{wanted}]")
-    return array
+    return array.reshape(four)
 
 
 def _lengths(name: str, lengths, B):

@@ -6,7 +6,8 @@ Arguments are checked and completed once, in `api`; an implementation sees only 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,11 @@ import jax.numpy as jnp
 from jaxattn.masks import Mask
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["query", "key", "value", "bias", "mask"],
+    meta_fields=["scale", "soft_cap"],
+)
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """One attention call, complete: logits = soft_cap(scale q k) + bias, then the mask.
@@ -22,7 +28,7 @@ class Problem:
       query: [B, T, N, H]. key: [B, S, K, H]. value: [B, S, K, Hv], of one dtype.
       bias: None or [B|1, N|1, T|1, S|1].
       mask: what may be attended, causal, window and lengths included.
-      scale: float, or a scalar array.
+      scale: float. A traced one is already in the query, which then has the accumulator's dtype.
       soft_cap: None or float.
     """
 
@@ -31,7 +37,7 @@ class Problem:
     value: jax.Array
     bias: jax.Array | None
     mask: Mask
-    scale: Any
+    scale: float
     soft_cap: float | None
 
     @property

@@ -44,17 +44,13 @@ class Blockwise(Implementation):
     def refusal(self, problem: Problem) -> str | None:
         return None
 
+    @functools.partial(jax.jit, static_argnums=0)
     def attend(self, problem: Problem) -> tuple[jax.Array, jax.Array]:
         _, T, S, _, _, G = problem.sizes
-        query, scale = problem.query, problem.scale
-        if isinstance(scale, jax.Array):  # traced: its gradient then flows through the query
-            query, scale = query.astype(accumulator_dtype(query.dtype)) * scale, 1.0
         block_q, block_k = default_blocks(T, S, G)
-        config = _Config(
-            self.block_q or block_q, self.block_k or block_k, float(scale), problem.soft_cap, self.precision
-        )
-        out, lse = _attention(config, query, problem.key, problem.value, problem.bias, problem.mask)
-        return out.astype(problem.query.dtype), lse
+        blocks = self.block_q or block_q, self.block_k or block_k
+        config = _Config(*blocks, problem.scale, problem.soft_cap, self.precision)
+        return _attention(config, problem.query, problem.key, problem.value, problem.bias, problem.mask)
 
 
 def default_blocks(T: int, S: int, G: int) -> tuple[int, int]:

@@ -6,6 +6,7 @@ For tiny sizes, to be read and to check the others by; every JAX transformation 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import ClassVar
 
 import jax
@@ -13,12 +14,12 @@ import jax.numpy as jnp
 
 from jaxattn.impl.base import Implementation, Problem, accumulator_dtype, dot_precision, soft_cap
 
-MOST_SCORES = 4096
+MOST_SCORES = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Loops(Implementation):
-    """For every batch element, head and query: scores, scale, mask, softmax, weighted sum."""
+    """For every batch element, query and head: scores, scale, mask, softmax, weighted sum."""
 
     name: ClassVar[str] = "loops"
 
@@ -28,43 +29,39 @@ class Loops(Implementation):
             return f"B*N*T*S = {B * N * T * S} scores are more than the {MOST_SCORES} that its loops are meant for"
         return None
 
+    @functools.partial(jax.jit, static_argnums=0)
     def attend(self, problem: Problem) -> tuple[jax.Array, jax.Array]:
         B, T, S, N, K, G = problem.sizes
         dtype = accumulator_dtype(problem.query.dtype)
         query, key, value = (x.astype(dtype) for x in (problem.query, problem.key, problem.value))
         allowed = jnp.broadcast_to(problem.mask.allows(jnp.arange(T)[:, None], jnp.arange(S)[None, :]), (B, N, T, S))
-        bias = None if problem.bias is None else jnp.broadcast_to(problem.bias.astype(dtype), (B, N, T, S))
+        # Keys that no query of their group may attend may hold NaN, and 0 * NaN is NaN: make them 0.
+        used = allowed.reshape(B, K, G * T, S).any(2).swapaxes(1, 2)[..., None]
+        key, value = jnp.where(used, key, 0), jnp.where(used, value, 0)
 
-        outputs, lses = [], []
-        for b in range(B):
-            for t in range(T):
-                for n in range(N):
-                    k = n // G  # the key/value head that query head n shares with G - 1 others
-                    logits = []
-                    for s in range(S):
-                        logit = jnp.dot(query[b, t, n], key[b, s, k], precision=dot_precision(dtype))
-                        logit = soft_cap(logit * problem.scale, problem.soft_cap)
-                        if bias is not None:
-                            logit += bias[b, n, t, s]
-                        logits.append(jnp.where(allowed[b, n, t, s], logit, -jnp.inf))
+        def one_score(b, t, n, s):
+            k = n // G  # the key/value head that query head n shares with G - 1 others
+            logit = jnp.dot(query[b, t, n], key[b, s, k], precision=dot_precision(dtype))
+            logit = soft_cap(logit * problem.scale, problem.soft_cap)
+            if problem.bias is not None:
+                logit += jnp.broadcast_to(problem.bias, (B, N, T, S))[b, n, t, s].astype(dtype)
+            return jnp.where(allowed[b, n, t, s], logit, -jnp.inf)
 
-                    largest = logits[0]
-                    for logit in logits[1:]:
-                        largest = jnp.maximum(largest, logit)
-                    largest = jax.lax.stop_gradient(jnp.where(largest == -jnp.inf, 0, largest))
+        def one_query(b, t, n):
+            logits = for_each(S, lambda s: one_score(b, t, n, s))
+            largest = jax.lax.stop_gradient(logits.max())
+            largest = jnp.where(largest == -jnp.inf, 0, largest)
+            weights = jnp.exp(logits - largest)
+            total = weights.sum()
+            absent = total == 0  # this query may attend nothing
+            total = jnp.where(absent, 1, total)
+            output = for_each(S, lambda s: weights[s] * value[b, s, n // G]).sum(axis=0) / total
+            return output, jnp.where(absent, -jnp.inf, largest + jnp.log(total))
 
-                    total = jnp.zeros((), dtype)
-                    output = jnp.zeros(value.shape[-1], dtype)
-                    for s in range(S):
-                        weight = jnp.exp(logits[s] - largest)
-                        total += weight
-                        # A masked value may be NaN, and 0 * NaN is NaN: leave it out instead of adding 0 times it.
-                        output += weight * jnp.where(allowed[b, n, t, s], value[b, s, k], 0)
+        out, lse = for_each(B, lambda b: for_each(T, lambda t: for_each(N, lambda n: one_query(b, t, n))))
+        return out.astype(problem.query.dtype), lse
 
-                    absent = total == 0  # this query may attend nothing
-                    total = jnp.where(absent, 1, total)
-                    outputs.append(output / total)
-                    lses.append(jnp.where(absent, -jnp.inf, largest + jnp.log(total)))
 
-        out = jnp.stack(outputs).reshape(B, T, N, -1)
-        return out.astype(problem.query.dtype), jnp.stack(lses).reshape(B, T, N)
+def for_each(count: int, body):
+    """[body(0), body(1), ..., body(count - 1)], stacked, one after the other."""
+    return jax.lax.map(body, jnp.arange(count))

@@ -6,6 +6,7 @@ Every JAX transformation works on it, higher derivatives included; the other imp
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import ClassVar
 
 import jax
@@ -30,6 +31,7 @@ class Naive(Implementation):
     def refusal(self, problem: Problem) -> str | None:
         return None
 
+    @functools.partial(jax.jit, static_argnums=0)
     def attend(self, problem: Problem) -> tuple[jax.Array, jax.Array]:
         weights_BKGTS, lse_BTN, value_BSKH = self.weights(problem)
         out_BTKGH = jnp.einsum(
