@@ -7,7 +7,7 @@ too, without the rest of the library.
 from typing import Any
 
 import jax
-from jax._src import compiler
+from jax._src import compiler, source_info_util
 from jax._src.interpreters import mlir
 
 
@@ -28,3 +28,17 @@ def compile_bytecode(program: bytes, target_config: str, options: dict[str, Any]
     with mlir.make_ir_context():
         module = ir.Module.parse(program)
         return devices[0].client.compile(module, jaxlib._jax.DeviceList(tuple(devices)), compile_options)
+
+
+def scan_arity(params: dict[str, Any], n_inputs: int) -> tuple[int, int]:
+    """(constants, carried values) of a scan equation with that many inputs."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].update([None] * n_inputs).unpack()  # since jax 0.11
+    return len(list(consts)), len(list(carry))
+
+
+def user_line(source_info: Any) -> str:
+    """`file:line` of the code that made an equation, or ''."""
+    frame = source_info_util.user_frame(source_info.traceback)
+    return "" if frame is None else f"{frame.file_name}:{frame.start_line}"

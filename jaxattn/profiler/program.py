@@ -18,7 +18,7 @@ from jaxattn.profiler.targets import Target
 
 _LOOPS = ("while", "scan")
 _JAXPRS = (core.ClosedJaxpr, core.Jaxpr)
-_LABEL = re.compile(r"#(\d+)(?=/|$)")
+_LABEL = re.compile(r"#(\d+)(?=[/)]|$)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +116,14 @@ def labels(op_name: str) -> list[int]:
 
 def without_labels(op_name: str) -> str:
     """`op_name` as it would be without the labels."""
-    return re.sub(r"#\d+/|/?#\d+$", "", op_name)
+    return re.sub(r"#\d+/|/?#\d+(?=\)|$)", "", op_name)
+
+
+def label_of(equation) -> int | None:
+    """The label of a labelled equation."""
+    stack = equation.source_info.name_stack.stack
+    name = getattr(stack[-1], "name", "") if stack else ""
+    return int(name[1:]) if name.startswith("#") and name[1:].isdigit() else None
 
 
 def _kind(equation) -> str:

@@ -109,14 +109,14 @@ _LAZY = _ARITHMETIC | {"bitcast", "reshape", "transpose", "copy"}
 class Access:
     """Bytes of one value that one run of a kernel reads or writes.
 
-    `stepped` says that it is a part of the value chosen by an index that moves from run to run.
+    `slicer` is the dynamic slice or update that picks the part, where one does.
     """
 
     value: Instruction
     index: tuple[int, ...]
     bytes: int
     is_write: bool
-    stepped: bool = False
+    slicer: Instruction | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,37 +158,32 @@ def cost(instruction: Instruction) -> Cost:
 
 def _accesses(instruction: Instruction) -> Iterator[Access]:
     op, operands = instruction.opcode, instruction.operands
-    reads: dict[int, tuple[int, bool]] = {}
-    writes = None
-    if op == "slice":
-        reads[0] = (instruction.shape.bytes, False)
+    reads: dict[int, int] = {}
+    writes = slicer = None
+    if op in ("slice", "gather"):
+        reads[0] = instruction.shape.bytes
     elif op == "dynamic-slice":
-        reads = {i: (0, False) for i in range(2, len(operands))}
-        reads[0] = (instruction.shape.bytes, True)
+        reads = {i: 0 for i in range(2, len(operands))} | {0: instruction.shape.bytes}
+        slicer = instruction
     elif op == "dynamic-update-slice":
-        reads = {i: (0, False) for i in range(3, len(operands))}
-        reads[0] = (0, False)
-        writes = (operands[1].shape.bytes, True)
-    elif op == "gather":
-        reads[0] = (instruction.shape.bytes, False)
+        reads = {i: 0 for i in (0, *range(3, len(operands)))}
+        writes, slicer = operands[1].shape.bytes, instruction
     elif op == "scatter":
-        n = (len(operands) - 1) // 2
-        updates = [operands[n + 1 + i].shape.bytes for i in range(n)]
-        reads = {i: (updates[i], False) for i in range(n)}
-        if n == 1:
-            writes = (updates[0], False)
+        n = len(operands) // 2
+        reads = {i: operands[n + 1 + i].shape.bytes for i in range(n)}
+        writes = reads[0] if n == 1 else None
     elif op == "fusion":
         yield from _fusion_accesses(instruction)
         return
     for i, operand in enumerate(operands):
         for index, leaf in operand.shape.leaves():
-            size, stepped = reads.get(i, (leaf.bytes, False))
+            size = reads.get(i, leaf.bytes)
             if size:
-                yield Access(operand, index, size, False, stepped)
+                yield Access(operand, index, size, False, slicer if i == 0 else None)
     for index, leaf in _outputs(instruction):
-        size, stepped = writes or (leaf.bytes, False)
+        size = leaf.bytes if writes is None else writes
         if size:
-            yield Access(instruction, index, size, True, stepped)
+            yield Access(instruction, index, size, True, None if writes is None else slicer)
 
 
 def _outputs(instruction: Instruction) -> list[tuple[tuple[int, ...], Shape]]:
@@ -208,9 +203,9 @@ def _fusion_accesses(fusion: Instruction) -> Iterator[Access]:
             for index, leaf in parameter.shape.leaves():
                 yield Access(operand, index, leaf.bytes, False)
             continue
-        size, stepped = _touched(parameter, body.root)
+        size, slicer = _touched(parameter, body.root)
         if size:
-            yield Access(operand, (), size, False, stepped)
+            yield Access(operand, (), size, False, slicer)
     for constant in body.instructions:
         if constant.opcode == "constant" and constant.shape.elements > 8:
             yield Access(constant, (), constant.shape.bytes, False)
@@ -219,7 +214,7 @@ def _fusion_accesses(fusion: Instruction) -> Iterator[Access]:
         if root is None:
             yield Access(fusion, index, leaf.bytes, True)
         else:
-            yield Access(fusion, index, root.operands[1].shape.bytes, True, stepped=True)
+            yield Access(fusion, index, root.operands[1].shape.bytes, True, root)
 
 
 def _update_root(root: Instruction, index: tuple[int, ...]) -> Instruction | None:
@@ -231,46 +226,42 @@ def _update_root(root: Instruction, index: tuple[int, ...]) -> Instruction | Non
     return root if root.opcode == "dynamic-update-slice" else None
 
 
-def _touched(value: Instruction, root: Instruction) -> tuple[int, bool]:
-    """Bytes of `value` (inside a fusion) that its users ask for, and whether through a moving slice."""
-    size, whole, stepped = 0, value is root, False
-    element = value.shape.bytes / max(value.shape.elements, 1)
+def _touched(value: Instruction, root: Instruction) -> tuple[int, Instruction | None]:
+    """Bytes of `value` (inside a fusion) that its users ask for, and the slice that picks them, if one does."""
+    size, whole, slicer = 0, value is root, None
     for user in value.users:
-        if user.opcode == "slice":
-            part, _ = _touched_elements(user, root)
-            size += round(part * element)
-        elif user.opcode == "dynamic-slice" and value is user.operands[0]:
-            part, _ = _touched_elements(user, root)
-            size += round(part * element)
-            stepped = True
-        elif user.opcode == "dynamic-update-slice" and value is user.operands[0]:
+        sliced = value is user.operands[0]
+        if user.opcode == "slice" or (user.opcode == "dynamic-slice" and sliced):
+            share, _ = _asked(user, root)
+            size += round(share * user.shape.elements * value.shape.bytes / max(value.shape.elements, 1))
+            slicer = user if user.opcode == "dynamic-slice" else slicer
+        elif user.opcode == "dynamic-update-slice" and sliced:
             continue  # its other elements stay where they are
         elif user.opcode in ("broadcast", "reshape") and value.opcode == "parameter":
             size += value.shape.bytes
-        elif user.opcode in _LAZY and user.shape.elements == value.shape.elements and user is not root:
-            part, moves = _touched_elements(user, root)
-            if part < value.shape.elements:
-                size += round(part * element)
-                stepped |= moves
+        elif user.opcode in _LAZY and user is not root and user.shape.elements == value.shape.elements:
+            share, deeper = _asked(user, root)
+            if share < 1:
+                size += round(share * value.shape.bytes)
+                slicer = deeper or slicer
             else:
                 whole = True
         elif user.opcode == "fusion":
-            part = sum(
-                _touched(user.called[0].parameters[i], user.called[0].root)[0]
-                for i, operand in enumerate(user.operands)
-                if operand is value
-            )
-            size += part
+            inner = user.called[0]
+            for i, operand in enumerate(user.operands):
+                if operand is value:
+                    size += _touched(inner.parameters[i], inner.root)[0]
         else:
             whole = True
-    return size + (value.shape.bytes if whole else 0), stepped and not whole
+    return size + (value.shape.bytes if whole else 0), None if whole else slicer
 
 
-def _touched_elements(value: Instruction, root: Instruction) -> tuple[float, bool]:
+def _asked(value: Instruction, root: Instruction) -> tuple[float, Instruction | None]:
+    """The share of `value` (inside a fusion) that is asked for, at most 1."""
     if value is root or not value.shape.bytes:
-        return value.shape.elements, False
-    size, stepped = _touched(value, root)
-    return min(size * value.shape.elements / value.shape.bytes, value.shape.elements), stepped
+        return 1.0, None
+    size, slicer = _touched(value, root)
+    return min(size / value.shape.bytes, 1.0), slicer
 
 
 def flops(instruction: Instruction) -> int:
@@ -339,7 +330,7 @@ def runs(
         total[computation] = None if times is None or before is None else before + times
         for instruction in computation.instructions:
             if instruction.opcode == "while":
-                condition, body = _while_parts(instruction)
+                condition, body = while_parts(instruction)
                 count = instruction.trip_count
                 measured = loop(instruction) if count is None else None
                 if times == 0:
@@ -369,7 +360,7 @@ def runs(
     return total, unknown
 
 
-def _while_parts(instruction: Instruction) -> tuple[Computation, Computation]:
+def while_parts(instruction: Instruction) -> tuple[Computation, Computation]:
     """(condition, body) of a while: the condition is the one that returns a single truth value."""
     first, second = instruction.called
     return (first, second) if not first.root.shape.is_tuple else (second, first)

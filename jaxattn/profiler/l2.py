@@ -1,0 +1,444 @@
+"""From requested bytes to DRAM: the module replayed, kernel by kernel, through a write-back LRU cache.
+
+Buffers are XLA's own allocations, so values that share memory share lines. Loop indices are followed, so a
+loop that reads a slice per step reads the next one each time. A model: one cache, least recently used first,
+lines written whole; real L2s hash, split and prefetch. Half the capacity is replayed too, and the two results
+bound what is reported.
+"""
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Callable
+
+import numpy as np
+
+from jaxattn.profiler import traffic, wire
+from jaxattn.profiler.hlo import Buffer, Computation, Instruction, Module
+from jaxattn.profiler.traffic import Access, LoopRuns
+
+_CHUNKS = 256  # pieces of the cache that are replaced as one
+_BUDGET = 60_000  # kernel accesses replayed one by one; loops beyond are extrapolated from their third step
+_LARGEST_TABLE = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Wave:
+    """Ranges of bytes that the thread blocks running together touch: (operand, start, stop, is a write)."""
+
+    ranges: tuple[tuple[int, int, int, bool], ...]
+
+
+class Cache:
+    """A write-back LRU cache over ranges of bytes; counts what misses and what is written back."""
+
+    def __init__(self, capacity: int, chunk: int):
+        self.capacity, self.chunk = capacity, chunk
+        self.lines: OrderedDict[tuple[int, int], list[int]] = OrderedDict()  # [first, last, dirty first, dirty last]
+        self.used = self.read = self.written = 0
+
+    def touch(self, allocation: int, start: int, stop: int, is_write: bool) -> None:
+        """One piece of a chunk is read or written."""
+        key = (allocation, start // self.chunk)
+        line = self.lines.pop(key, None)
+        if line is None:
+            line = [start, stop, 0, 0]
+            self.used += stop - start
+            missing = stop - start
+        else:
+            missing = stop - start - max(0, min(stop, line[1]) - max(start, line[0]))
+            self.used -= line[1] - line[0]
+            line[0], line[1] = min(start, line[0]), max(stop, line[1])
+            self.used += line[1] - line[0]
+        if is_write:
+            line[2], line[3] = (min(start, line[2]), max(stop, line[3])) if line[3] > line[2] else (start, stop)
+        else:
+            self.read += missing
+        self.lines[key] = line
+        while self.used > self.capacity and len(self.lines) > 1:
+            _, (first, last, dirty_first, dirty_last) = self.lines.popitem(last=False)
+            self.used -= last - first
+            self.written += dirty_last - dirty_first
+
+    def stream(self, accesses: list[tuple[int, int, int, bool]]) -> None:
+        """A kernel reads and writes ranges side by side: (allocation, start, stop, is a write)."""
+        pieces = [self._pieces(*access) for access in accesses]
+        longest = max((len(p) for p in pieces), default=0)
+        total = sum(stop - start for _, start, stop, _ in accesses)
+        edge = longest
+        if total > 8 * self.capacity:  # what lies between finds nothing and leaves nothing
+            edge = max(1, round(2 * self.capacity / total * longest))
+        for step in range(longest):
+            middle = edge <= step < longest - edge
+            for piece in pieces:
+                first, last = step * len(piece) // longest, (step + 1) * len(piece) // longest
+                for allocation, start, stop, is_write in piece[first:last]:
+                    if not middle:
+                        self.touch(allocation, start, stop, is_write)
+                    elif is_write:
+                        self.written += stop - start
+                    else:
+                        self.read += stop - start
+
+    def _pieces(self, allocation, start, stop, is_write):
+        out = []
+        while start < stop:
+            end = min(stop, (start // self.chunk + 1) * self.chunk)
+            out.append((allocation, start, end, is_write))
+            start = end
+        return out
+
+    def flush(self) -> None:
+        """Writes back what is dirty."""
+        for line in self.lines.values():
+            self.written += line[3] - line[2]
+            line[2] = line[3] = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Dram:
+    """Bytes read from and written to memory."""
+
+    read: int
+    written: int
+
+
+class Replay:
+    """The module's kernels in the order in which they run."""
+
+    def __init__(
+        self,
+        module: Module,
+        loop: Callable[[Instruction], LoopRuns | None],
+        branches: Callable[[Instruction], tuple[int, ...] | None],
+        waves: dict[Instruction, tuple[Wave, ...]],
+    ):
+        self.module, self.loop, self.branches, self.waves = module, loop, branches, waves
+        # parameter of a loop body, branch or called computation -> (who runs it, which of its computations)
+        self.callers: dict[Instruction, tuple[Instruction, int]] = {}
+        for computation in module.computations:
+            for instruction in [] if computation.is_fusion else computation.instructions:
+                for i, inner in enumerate(instruction.called):
+                    for parameter in inner.parameters:
+                        self.callers.setdefault(parameter, (instruction, i))
+        self.homes: dict[tuple[Instruction, tuple[int, ...]], Buffer] = {}
+        self.costs: dict[Instruction, list[Access]] = {}
+        self.weights: dict[Computation, float] = {}
+        self.entered: dict[Instruction, int] = {}
+        self.extrapolated = False
+
+    def dram(self, capacity: int) -> tuple[Dram, Dram]:
+        """(cold, warm): from an empty cache until all is written back; and the same call right after one."""
+        chunk = max(capacity // _CHUNKS, 4096)
+        self.cache = Cache(capacity, chunk)
+        self.once()
+        read, written = self.cache.read, self.cache.written
+        dirty = sum(line[3] - line[2] for line in self.cache.lines.values())
+        cold = Dram(read, written + dirty)
+        self.once()
+        return cold, Dram(self.cache.read - read, self.cache.written - written)
+
+    def once(self) -> None:
+        """One call of the program."""
+        self.entered.clear()
+        self.run(self.module.entry, {}, 0)
+
+    # --- where values live
+
+    def home(self, value: Instruction, index: tuple[int, ...]) -> Buffer | None:
+        """The memory of a value: where it was made, through tuples, bitcasts and loop parameters."""
+        key = (value, index)
+        if key not in self.homes:
+            self.homes[key] = self._home(value, index)
+        return self.homes[key]
+
+    def _home(self, value, index):
+        made = self.module.buffers.get((value.id, index))
+        if made is not None:
+            return made
+        if value.opcode == "get-tuple-element":
+            return self.home(value.operands[0], (value.tuple_index, *index))
+        if value.opcode == "tuple":
+            return self.home(value.operands[index[0]], index[1:])
+        if value.opcode in ("bitcast", "copy-done", "opt-barrier", "async-done", "while"):
+            return self.home(value.operands[0], index)
+        if value.opcode == "call":
+            return self.home(value.called[0].root, index)
+        if value in self.callers:
+            caller, branch = self.callers[value]
+            number = {"while": 0, "conditional": 1 + branch}.get(caller.opcode, value.parameter_number)
+            return self.home(caller.operands[number], index)
+        shape = value.shape
+        for i in index:
+            shape = shape.parts[i]
+        return Buffer(-value.id - 1, 0, shape.bytes)  # where XLA gives no assignment: a place of its own
+
+    # --- running
+
+    def run(self, computation: Computation, parameters: dict[int, object], step: int) -> "_Scalars":
+        """One run of a computation; `step` numbers the runs of a loop body."""
+        scalars = _Scalars(parameters)
+        for instruction in computation.instructions:
+            if instruction.opcode == "while":
+                self.run_while(instruction, scalars)
+            elif instruction.opcode == "conditional":
+                self.run_conditional(instruction, scalars, step)
+            elif instruction.opcode in ("call", "async-start"):
+                values = {i: scalars.value(o) for i, o in enumerate(instruction.operands)}
+                inner = self.run(instruction.called[0], values, step)
+                scalars.values[instruction] = inner.value(instruction.called[0].root)
+            elif traffic.is_kernel(instruction):
+                self.kernel(instruction, scalars, step)
+        return scalars
+
+    def run_while(self, instruction, scalars):
+        condition, body = traffic.while_parts(instruction)
+        state = scalars.value(instruction.operands[0])
+        trips = self.trips(instruction)
+        step, before = 0, None
+        heavy = self.weight(body) * (trips or 1) > _BUDGET
+        while True:
+            if trips is None or instruction.trip_count is None:
+                go_on = _Scalars({0: state}).value(condition.root)
+                if go_on is None:
+                    if trips is None or step >= trips:
+                        break
+                elif not go_on:
+                    break
+            elif step >= trips:
+                break
+            if heavy and trips is not None and step == 3 and trips > 4:
+                self.extrapolated = True
+                left = trips - step
+                self.cache.read += (self.cache.read - before[0]) * left
+                self.cache.written += (self.cache.written - before[1]) * left
+                break
+            before = (self.cache.read, self.cache.written)
+            state = self.run(body, {0: state}, step).value(body.root)
+            step += 1
+        scalars.values[instruction] = state
+
+    def trips(self, instruction) -> int | None:
+        """Steps of this entry into the loop: XLA's count, or the measured ones spread over the entries."""
+        if instruction.trip_count is not None:
+            return instruction.trip_count
+        measured = self.loop(instruction)
+        if measured is None:
+            return None
+        entry = self.entered.get(instruction, 0)
+        self.entered[instruction] = entry + 1
+        if not measured.entered:
+            return 0
+        return (entry + 1) * measured.body // measured.entered - entry * measured.body // measured.entered
+
+    def run_conditional(self, instruction, scalars, step):
+        which = scalars.value(instruction.operands[0])
+        count = len(instruction.called)
+        if which is None:
+            taken = self.branches(instruction)
+            if not taken or not sum(taken):
+                return
+            entry = self.entered.get(instruction, 0)
+            self.entered[instruction] = entry + 1
+            which = int(np.searchsorted(np.cumsum(taken), entry % sum(taken), side="right"))
+        elif instruction.operands[0].shape.element_type == 1:  # a truth value: true is the first branch
+            which = 0 if which else 1
+        which = which if 0 <= which < count else count - 1
+        branch = instruction.called[which]
+        self.run(branch, {0: scalars.value(instruction.operands[1 + which])}, step)
+
+    def weight(self, computation: Computation) -> float:
+        """About how many accesses one run of a computation makes, loops included."""
+        if computation not in self.weights:
+            self.weights[computation] = 0.0
+            total = 0.0
+            for instruction in computation.instructions:
+                if instruction.opcode == "while":
+                    measured = self.loop(instruction)
+                    trips = instruction.trip_count
+                    if trips is None:
+                        trips = measured.body / max(measured.entered, 1) if measured else 1
+                    total += trips * sum(self.weight(c) for c in instruction.called)
+                elif instruction.opcode in ("call", "conditional", "async-start"):
+                    total += max(self.weight(c) for c in instruction.called)
+                elif traffic.is_kernel(instruction):
+                    total += 2 * len(self.accesses(instruction))
+            self.weights[computation] = total
+        return self.weights[computation]
+
+    def accesses(self, instruction) -> list[Access]:
+        if instruction not in self.costs:
+            self.costs[instruction] = list(traffic.cost(instruction).accesses)
+        return self.costs[instruction]
+
+    def kernel(self, instruction, scalars, step):
+        if instruction in self.waves:
+            n = len(instruction.operands)
+            leaves = [index for index, _ in instruction.shape.leaves()]
+            for wave in self.waves[instruction]:
+                ranges = []
+                for number, start, stop, is_write in wave.ranges:
+                    home = (
+                        self.home(instruction.operands[number], ())
+                        if number < n
+                        else self.home(instruction, leaves[number - n])
+                    )
+                    ranges.append((home.allocation, home.offset + start, home.offset + stop, is_write))
+                self.cache.stream(ranges)
+            return
+        ranges = []
+        for access in self.accesses(instruction):
+            home = self.home(access.value, access.index)
+            size = min(access.bytes, home.size)
+            start = 0
+            if access.slicer is not None:
+                start = self.offset(access, instruction, scalars, step, home.size)
+            if size:
+                ranges.append((home.allocation, home.offset + start, home.offset + start + size, access.is_write))
+        self.cache.stream(ranges)
+
+    def offset(self, access, instruction, scalars, step, size) -> int:
+        """Where a slice starts: by its indices where they can be followed, else the step's next one."""
+        slicer = access.slicer
+        inside = scalars
+        if instruction.opcode == "fusion":
+            inside = _Scalars({i: scalars.value(o) for i, o in enumerate(instruction.operands)})
+        update = slicer.opcode == "dynamic-update-slice"
+        part = slicer.operands[1].shape if update else slicer.shape
+        whole = slicer.operands[0].shape
+        indices = [inside.value(o) for o in slicer.operands[2 if update else 1 :]]
+        last = max(size - access.bytes, 0)
+        if any(i is None for i in indices):
+            return min(step * access.bytes % size, last) if size else 0
+        number = 0
+        for i, n, extent in zip(indices, part.dims, whole.dims, strict=True):
+            number = number * -(-extent // n) + min(max(int(i), 0), extent - n) // n
+        return min(number * access.bytes, last)
+
+
+class _Scalars:
+    """Values of small integers in one run of a computation, found when asked for; None where they are data."""
+
+    def __init__(self, parameters: dict[int, object]):
+        self.parameters = parameters
+        self.values: dict[Instruction, object] = {}
+
+    def value(self, instruction: Instruction):
+        if instruction not in self.values:
+            self.values[instruction] = None
+            self.values[instruction] = self._value(instruction)
+        return self.values[instruction]
+
+    def _value(self, instruction):
+        op, operands = instruction.opcode, instruction.operands
+        if op == "parameter":
+            return self.parameters.get(instruction.parameter_number)
+        if op == "tuple":
+            return tuple(self.value(o) for o in operands)
+        if op == "get-tuple-element":
+            whole = self.value(operands[0])
+            return whole[instruction.tuple_index] if isinstance(whole, tuple) else None
+        if op == "constant":
+            return _literal(instruction)
+        if op in ("copy", "opt-barrier", "convert"):
+            return self.value(operands[0])
+        if instruction.shape.is_tuple or instruction.shape.elements > 16:
+            return None
+        if op in ("bitcast", "reshape"):
+            value = self.value(operands[0])
+            return value.reshape(instruction.shape.dims) if isinstance(value, np.ndarray) else value
+        if instruction.shape.dtype not in ("int32", "int64", "uint32", "int8", "uint8", "bool"):
+            return None
+        if op == "fusion":
+            inner = _Scalars({i: self.value(o) for i, o in enumerate(operands)})
+            return inner.value(instruction.called[0].root)
+        values = [self.value(o) for o in operands]
+        if any(v is None or isinstance(v, tuple) for v in values):
+            return None
+        if op == "dynamic-slice" and isinstance(values[0], np.ndarray):
+            sizes = instruction.shape.dims
+            starts = [min(max(int(i), 0), n - s) for i, n, s in zip(values[1:], values[0].shape, sizes, strict=True)]
+            out = values[0][tuple(slice(i, i + s) for i, s in zip(starts, sizes, strict=True))]
+            return int(out.item()) if out.size == 1 else out
+        if any(isinstance(v, np.ndarray) and v.size != 1 for v in values):
+            return None
+        rule = _INTEGERS.get(op)
+        if op == "compare":
+            rule = _COMPARE.get(wire.text(instruction.fields, 63))
+        return None if rule is None else int(rule(*(int(v) for v in values)))
+
+
+def _quotient(a: int, b: int) -> int:
+    return 0 if b == 0 else (abs(a) // abs(b)) * (1 if (a < 0) == (b < 0) else -1)
+
+
+_INTEGERS = {
+    "add": lambda a, b: a + b,
+    "subtract": lambda a, b: a - b,
+    "multiply": lambda a, b: a * b,
+    "divide": _quotient,
+    "remainder": lambda a, b: a - b * _quotient(a, b),
+    "maximum": max,
+    "minimum": min,
+    "negate": lambda a: -a,
+    "clamp": lambda low, a, high: min(max(a, low), high),
+    "select": lambda which, a, b: a if which else b,
+    "and": lambda a, b: a & b,
+    "or": lambda a, b: a | b,
+    "not": lambda a: int(not a),
+    "xor": lambda a, b: a ^ b,
+    "abs": abs,
+    "sign": lambda a: (a > 0) - (a < 0),
+    "shift-right-logical": lambda a, b: a >> b,
+    "shift-right-arithmetic": lambda a, b: a >> b,
+    "shift-left": lambda a, b: a << b,
+    "broadcast": lambda a: a,
+}
+_COMPARE = {
+    "EQ": lambda a, b: a == b,
+    "NE": lambda a, b: a != b,
+    "LT": lambda a, b: a < b,
+    "LE": lambda a, b: a <= b,
+    "GT": lambda a, b: a > b,
+    "GE": lambda a, b: a >= b,
+}
+# LiteralProto's field of each element type
+_LITERAL_FIELDS = {"bool": 2, "int32": 4, "int64": 5, "uint32": 6}
+
+
+def _literal(constant: Instruction):
+    shape = constant.shape
+    field = _LITERAL_FIELDS.get(shape.dtype)
+    if field is None or shape.elements > _LARGEST_TABLE or 8 not in constant.fields:
+        return None
+    values = wire.integers(wire.message(constant.fields[8][-1]).get(field, []))
+    if len(values) != shape.elements:
+        return None
+    if shape.dtype == "int32":
+        values = [v - (1 << 32) if (1 << 31) <= v < (1 << 32) else v for v in values]
+    return values[0] if not shape.dims else np.array(values).reshape(shape.dims)
+
+
+def waves(touches, cores: int) -> tuple[Wave, ...]:
+    """The touches of a Pallas kernel's grid, in groups of as many thread blocks as there are cores."""
+    if not touches:
+        return ()
+    points = len(touches[0].bytes)
+    out = []
+    for first in range(0, points, cores):
+        ranges = []
+        for touch in touches:
+            part = slice(first, first + cores)
+            here = touch.bytes[part] > 0
+            if not here.any():
+                continue
+            order = np.argsort(touch.start[part][here], kind="stable")
+            starts, stops = touch.start[part][here][order], touch.stop[part][here][order]
+            sizes = touch.bytes[part][here][order]
+            reach = np.maximum.accumulate(stops)
+            cuts = np.flatnonzero(starts[1:] > reach[:-1]) + 1
+            for group in np.split(np.arange(len(starts)), cuts):
+                start, stop = int(starts[group[0]]), int(reach[group[-1]])
+                stop = min(stop, start + int(sizes[group].sum()))
+                ranges.append((touch.operand, start, stop, touch.is_write))
+        out.append(Wave(tuple(ranges)))
+    return tuple(out)
