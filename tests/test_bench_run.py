@@ -24,8 +24,8 @@ def runner(tmp_path, earlier=None, **settings):
 def mixed(tmp_path_factory):
     """One run of good and bad implementations side by side; its results."""
     tmp_path = tmp_path_factory.mktemp("mixed")
-    known = ("jaxattn-blockwise", "torch-sdpa-flash", "jaxattn-triton", "torch-sdpa-efficient")
-    brought = ("right", "wrong", "crashing", "too_large", "wasteful", "absent")
+    known = ("jaxattn-blockwise", "jaxattn-triton", "torch-sdpa-efficient")
+    brought = ("right", "wrong", "crashing", "too_large", "wasteful")
     names = (*known, *(FUNCTIONS + name for name in brought), f"torch:{FUNCTIONS}torch_right")
     with runner(tmp_path, implementations=names) as one:
         one.run([TINY])
@@ -37,9 +37,7 @@ def row_of(data, name):
     return row
 
 
-@pytest.mark.parametrize(
-    "name", ["jaxattn-blockwise", "torch-sdpa-flash", FUNCTIONS + "right", f"torch:{FUNCTIONS}torch_right"]
-)
+@pytest.mark.parametrize("name", ["jaxattn-blockwise", FUNCTIONS + "right", f"torch:{FUNCTIONS}torch_right"])
 def test_a_right_implementation_is_judged_and_timed(mixed, name):
     row = row_of(mixed, name)
     assert row["status"] == "ok", row["reason"]
@@ -71,12 +69,6 @@ def test_what_the_compiler_says_is_too_large_is_never_run(mixed):
     assert row["status"] == "skipped"
     assert row["reason"].startswith("memory: ")
     assert row["compiled_peak_bytes"] > 1e15
-
-
-def test_an_implementation_that_is_not_there_is_named_with_the_reason(mixed):
-    row = row_of(mixed, FUNCTIONS + "absent")
-    assert row["status"] == "failed"
-    assert "absent" in row["reason"]
 
 
 @pytest.mark.parametrize("name", ["jaxattn-triton", "torch-sdpa-efficient"])
@@ -144,7 +136,8 @@ STANDARD = ("jaxattn-naive", "jax-nn-xla", "torch-eager", "torch-sdpa-math")
 
 @pytest.mark.parametrize(
     ("name", "length"),
-    [*((name, 1024) for name in STANDARD), *(pytest.param(name, 4096, marks=pytest.mark.slow) for name in STANDARD)],
+    [("jaxattn-naive", 1024), ("torch-eager", 1024)]
+    + [pytest.param(name, length, marks=pytest.mark.slow) for name in STANDARD for length in (1024, 4096)],
 )
 def test_predicted_bytes_are_within_20_percent_of_the_measured_peak(name, length, tmp_path):
     problem = Problem("c", name, 1, length, length, 32, 8, 64, "causal", "float32", "cpu", threads=2)
@@ -199,6 +192,7 @@ def test_results_are_replaced_whole(tmp_path, monkeypatch):
     ("error", "status"),
     [
         (ModuleNotFoundError("No module named 'tokamax'"), "missing"),
+        (AttributeError("module 'm' has no attribute 'absent'"), "failed"),
         (MemoryError(), "out of memory"),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate"), "out of memory"),
         (NotImplementedError("no bias"), "refused"),
@@ -223,7 +217,7 @@ def test_the_main_job_without_rich_matplotlib_and_torch_ends_normally(tmp_path, 
     blocked = tmp_path / "blocked"
     for name in ("rich", "matplotlib", "torch", "transformers"):
         (blocked / name).mkdir(parents=True)
-        (blocked / name / "__init__.py").write_text(f"raise ModuleNotFoundError('No module named {name!r}')\n")
+        (blocked / name / "__init__.py").write_text(f"raise ModuleNotFoundError({name!r})\n")
     code = (
         "import sys, importlib.metadata as m; real = m.version\n"
         "def version(name):\n"
