@@ -50,7 +50,7 @@ class Shape:
             raise ValueError(f"unknown XLA element type {self.element_type}: its size is not known")
         return -(-self.elements * (self.element_bits or _BITS[self.element_type]) // 8)
 
-    @property
+    @functools.cached_property
     def dtype(self) -> str:
         return _DTYPE.get(self.element_type, str(self.element_type))
 
@@ -78,23 +78,23 @@ class Instruction:
     users: list["Instruction"] = dataclasses.field(default_factory=list, repr=False)
     called: list["Computation"] = dataclasses.field(default_factory=list, repr=False)
 
-    @property
+    @functools.cached_property
     def parameter_number(self) -> int:
         return wire.integer(self.fields, 9)
 
-    @property
+    @functools.cached_property
     def tuple_index(self) -> int:
         return wire.integer(self.fields, 13)
 
-    @property
+    @functools.cached_property
     def custom_call_target(self) -> str:
         return wire.text(self.fields, 28)
 
-    @property
+    @functools.cached_property
     def fusion_kind(self) -> str:
         return wire.text(self.fields, 11)
 
-    @property
+    @functools.cached_property
     def backend_config(self) -> dict:
         """The backend's JSON, or {} where it is in another format."""
         try:
@@ -103,7 +103,7 @@ class Instruction:
             return {}
         return config if isinstance(config, dict) else {}
 
-    @property
+    @functools.cached_property
     def trip_count(self) -> int | None:
         """How often a while loop runs its body, where XLA itself could tell."""
         count = self.backend_config.get("known_trip_count", {}).get("n")

@@ -17,7 +17,7 @@ from jaxattn.profiler.hlo import Buffer, Computation, Instruction, Module
 from jaxattn.profiler.traffic import Access, LoopRuns
 
 _CHUNKS = 256  # pieces of the cache that are replaced as one
-_BUDGET = 60_000  # kernel accesses replayed one by one; loops beyond are extrapolated from their third step
+_BUDGET = 20_000  # kernel accesses replayed one by one; loops beyond are extrapolated from their third step
 _LARGEST_TABLE = 1 << 20
 
 
@@ -61,37 +61,31 @@ class Cache:
 
     def stream(self, accesses: list[tuple[int, int, int, bool]]) -> None:
         """A kernel reads and writes ranges side by side: (allocation, start, stop, is a write)."""
-        pieces = [self._pieces(*access) for access in accesses]
-        longest = max((len(p) for p in pieces), default=0)
+        chunk = self.chunk
+        counts = [-(-stop // chunk) - start // chunk if stop > start else 0 for _, start, stop, _ in accesses]
+        longest = max(counts, default=0)
         total = sum(stop - start for _, start, stop, _ in accesses)
         edge = longest
         if total > 8 * self.capacity:  # what lies between finds nothing and leaves nothing
             edge = max(1, round(2 * self.capacity / total * longest))
-        for step in range(longest):
-            middle = edge <= step < longest - edge
-            for piece in pieces:
-                first, last = step * len(piece) // longest, (step + 1) * len(piece) // longest
-                for allocation, start, stop, is_write in piece[first:last]:
-                    if not middle:
-                        self.touch(allocation, start, stop, is_write)
-                    elif is_write:
-                        self.written += stop - start
-                    else:
-                        self.read += stop - start
+        touched = [0] * len(accesses)
+        for step in range(longest) if 2 * edge >= longest else [*range(edge), *range(longest - edge, longest)]:
+            for i, (allocation, start, stop, is_write) in enumerate(accesses):
+                for piece in range(step * counts[i] // longest, (step + 1) * counts[i] // longest):
+                    at = start // chunk + piece
+                    first, last = max(start, at * chunk), min(stop, (at + 1) * chunk)
+                    self.touch(allocation, first, last, is_write)
+                    touched[i] += last - first
+        for done, (_, start, stop, is_write) in zip(touched, accesses, strict=True):
+            if is_write:
+                self.written += stop - start - done
+            else:
+                self.read += stop - start - done
 
-    def _pieces(self, allocation, start, stop, is_write):
-        out = []
-        while start < stop:
-            end = min(stop, (start // self.chunk + 1) * self.chunk)
-            out.append((allocation, start, end, is_write))
-            start = end
-        return out
-
-    def flush(self) -> None:
-        """Writes back what is dirty."""
-        for line in self.lines.values():
-            self.written += line[3] - line[2]
-            line[2] = line[3] = 0
+    @property
+    def dirty(self) -> int:
+        """Bytes that are still to be written back."""
+        return sum(line[3] - line[2] for line in self.lines.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,18 +118,22 @@ class Replay:
         self.costs: dict[Instruction, list[Access]] = {}
         self.weights: dict[Computation, float] = {}
         self.entered: dict[Instruction, int] = {}
+        self.literals: dict[Instruction, object] = {}
         self.extrapolated = False
 
-    def dram(self, capacity: int) -> tuple[Dram, Dram]:
-        """(cold, warm): from an empty cache until all is written back; and the same call right after one."""
+    def dram(self, capacity: int) -> tuple[tuple[Dram, Dram], tuple[Dram, Dram]]:
+        """(cold, warm) with the whole capacity, and the same with half of it.
+
+        Cold: from an empty cache until all is written back. Warm: the same call right after one.
+        """
         chunk = max(capacity // _CHUNKS, 4096)
-        self.cache = Cache(capacity, chunk)
+        self.caches = [Cache(capacity, chunk), Cache(capacity // 2, chunk)]
         self.once()
-        read, written = self.cache.read, self.cache.written
-        dirty = sum(line[3] - line[2] for line in self.cache.lines.values())
-        cold = Dram(read, written + dirty)
+        first = [(cache.read, cache.written) for cache in self.caches]
+        cold = [Dram(cache.read, cache.written + cache.dirty) for cache in self.caches]
         self.once()
-        return cold, Dram(self.cache.read - read, self.cache.written - written)
+        warm = [Dram(c.read - read, c.written - written) for c, (read, written) in zip(self.caches, first, strict=True)]
+        return (cold[0], warm[0]), (cold[1], warm[1])
 
     def once(self) -> None:
         """One call of the program."""
@@ -176,7 +174,7 @@ class Replay:
 
     def run(self, computation: Computation, parameters: dict[int, object], step: int) -> "_Scalars":
         """One run of a computation; `step` numbers the runs of a loop body."""
-        scalars = _Scalars(parameters)
+        scalars = _Scalars(parameters, self.literals)
         for instruction in computation.instructions:
             if instruction.opcode == "while":
                 self.run_while(instruction, scalars)
@@ -198,7 +196,7 @@ class Replay:
         heavy = self.weight(body) * (trips or 1) > _BUDGET
         while True:
             if trips is None or instruction.trip_count is None:
-                go_on = _Scalars({0: state}).value(condition.root)
+                go_on = _Scalars({0: state}, self.literals).value(condition.root)
                 if go_on is None:
                     if trips is None or step >= trips:
                         break
@@ -208,11 +206,11 @@ class Replay:
                 break
             if heavy and trips is not None and step == 3 and trips > 4:
                 self.extrapolated = True
-                left = trips - step
-                self.cache.read += (self.cache.read - before[0]) * left
-                self.cache.written += (self.cache.written - before[1]) * left
+                for cache, (read, written) in zip(self.caches, before, strict=True):
+                    cache.read += (cache.read - read) * (trips - step)
+                    cache.written += (cache.written - written) * (trips - step)
                 break
-            before = (self.cache.read, self.cache.written)
+            before = [(cache.read, cache.written) for cache in self.caches]
             state = self.run(body, {0: state}, step).value(body.root)
             step += 1
         scalars.values[instruction] = state
@@ -283,7 +281,7 @@ class Replay:
                         else self.home(instruction, leaves[number - n])
                     )
                     ranges.append((home.allocation, home.offset + start, home.offset + stop, is_write))
-                self.cache.stream(ranges)
+                self.stream(ranges)
             return
         ranges = []
         for access in self.accesses(instruction):
@@ -294,14 +292,19 @@ class Replay:
                 start = self.offset(access, instruction, scalars, step, home.size)
             if size:
                 ranges.append((home.allocation, home.offset + start, home.offset + start + size, access.is_write))
-        self.cache.stream(ranges)
+        self.stream(ranges)
+
+    def stream(self, ranges) -> None:
+        for cache in self.caches:
+            cache.stream(ranges)
 
     def offset(self, access, instruction, scalars, step, size) -> int:
         """Where a slice starts: by its indices where they can be followed, else the step's next one."""
         slicer = access.slicer
         inside = scalars
         if instruction.opcode == "fusion":
-            inside = _Scalars({i: scalars.value(o) for i, o in enumerate(instruction.operands)})
+            values = {i: scalars.value(o) for i, o in enumerate(instruction.operands)}
+            inside = _Scalars(values, self.literals)
         update = slicer.opcode == "dynamic-update-slice"
         part = slicer.operands[1].shape if update else slicer.shape
         whole = slicer.operands[0].shape
@@ -318,8 +321,8 @@ class Replay:
 class _Scalars:
     """Values of small integers in one run of a computation, found when asked for; None where they are data."""
 
-    def __init__(self, parameters: dict[int, object]):
-        self.parameters = parameters
+    def __init__(self, parameters: dict[int, object], literals: dict[Instruction, object]):
+        self.parameters, self.literals = parameters, literals
         self.values: dict[Instruction, object] = {}
 
     def value(self, instruction: Instruction):
@@ -338,7 +341,9 @@ class _Scalars:
             whole = self.value(operands[0])
             return whole[instruction.tuple_index] if isinstance(whole, tuple) else None
         if op == "constant":
-            return _literal(instruction)
+            if instruction not in self.literals:
+                self.literals[instruction] = _literal(instruction)
+            return self.literals[instruction]
         if op in ("copy", "opt-barrier", "convert"):
             return self.value(operands[0])
         if instruction.shape.is_tuple or instruction.shape.elements > 16:
@@ -349,7 +354,7 @@ class _Scalars:
         if instruction.shape.dtype not in ("int32", "int64", "uint32", "int8", "uint8", "bool"):
             return None
         if op == "fusion":
-            inner = _Scalars({i: self.value(o) for i, o in enumerate(operands)})
+            inner = _Scalars({i: self.value(o) for i, o in enumerate(operands)}, self.literals)
             return inner.value(instruction.called[0].root)
         values = [self.value(o) for o in operands]
         if any(v is None or isinstance(v, tuple) for v in values):

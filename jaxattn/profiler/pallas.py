@@ -632,8 +632,8 @@ _RULES = {
         "shift_right_arithmetic": lambda a, b: a >> b, "shift_right_logical": lambda a, b: a >> b,
     }.items()
 } | {
-    "convert_element_type": _convert, "broadcast_in_dim": _broadcast, "broadcast_to": _broadcast_to, "reshape": _reshape,
-    "squeeze": _reshape, "expand_dims": _reshape, "iota": _iota, "transpose": _transpose,
+    "convert_element_type": _convert, "broadcast_in_dim": _broadcast, "broadcast_to": _broadcast_to,
+    "reshape": _reshape, "squeeze": _reshape, "expand_dims": _reshape, "iota": _iota, "transpose": _transpose,
     "reduce_max": _reduction(np.max), "reduce_min": _reduction(np.min), "reduce_sum": _reduction(np.sum),
     "reduce_or": _reduction(np.any), "reduce_and": _reduction(np.all), "integer_pow": (
         lambda n, params, shapes, out, value: value ** params["y"]),

@@ -209,7 +209,7 @@ class _Profile:
         notes = []
         if not capacity:
             notes.append("The size of the last cache is not known: DRAM is modelled without one.")
-        whole, half = (replay.dram(max(c, 1 << 16)) for c in (capacity, capacity // 2))
+        whole, half = replay.dram(max(capacity, 1 << 16))
 
         def interval(state: int, field: str) -> Interval:
             ends = sorted(getattr(capacity[state], field) for capacity in (whole, half))

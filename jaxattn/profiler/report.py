@@ -134,8 +134,8 @@ class Report:
 
     @property
     def launches(self) -> int:
-        """Kernels run, of those that could be counted."""
-        return sum(row.calls or 0 for row in self.rows)
+        """Kernels run, of those that could be counted; copies by the device's copy engine are none."""
+        return sum(row.calls or 0 for row in self.rows if row.opcode not in ("copy", "copy-start"))
 
     @property
     def intensity(self) -> float:
