@@ -100,15 +100,22 @@ def _jaxattn(implementation: str) -> Callable[[Problem], Callable]:
     return build
 
 
-def _like_jax_nn(function: Callable, problem: Problem, **options) -> Callable:
-    """Call a function that has `jax.nn.dot_product_attention`'s arguments with the problem's mask."""
+def _like_jax_nn(function: Callable, problem: Problem, *, windows: bool = True, **options) -> Callable:
+    """Call a function that has `jax.nn.dot_product_attention`'s arguments with the problem's mask.
+
+    `is_causal` and (`windows`) `local_window_size` where they say it all, since kernels skip tiles by them;
+    else a boolean mask.
+    """
+    terms = cases.conjunction(problem.mask)
+    known = {"causal", "window"} if windows else {"causal"}
 
     def attend(query, key, value):
-        if problem.mask == "causal":
-            return function(query, key, value, is_causal=True, **options)
-        if problem.mask == "full":
-            return function(query, key, value, **options)
-        return function(query, key, value, mask=_jax_allowed(problem)[None, None], **options)
+        if terms is None or terms.keys() - known:
+            return function(query, key, value, mask=_jax_allowed(problem)[None, None], **options)
+        said = {"is_causal": True} if "causal" in terms else {}
+        if "window" in terms:
+            said["local_window_size"] = terms["window"]
+        return function(query, key, value, **said, **options)
 
     return attend
 
@@ -127,12 +134,17 @@ def _pallas_ops(problem: Problem) -> Callable:
     import jax.numpy as jnp
     from jax.experimental.pallas.ops.gpu import attention
 
+    terms = cases.conjunction(problem.mask)
     groups = problem.heads // problem.kv_heads
+    segments = None
+    if "documents" in terms:
+        ids = np.arange(problem.keys) * terms["documents"][0] // problem.keys
+        segments = np.broadcast_to(ids, (problem.batch, problem.keys))
 
     def attend(query, key, value):
         key, value = (jnp.repeat(array, groups, axis=2) for array in (key, value))
-        scale = problem.head_dim**-0.5
-        return attention.mha(query, key, value, None, sm_scale=scale, causal=problem.mask == "causal")
+        ids = None if segments is None else jnp.asarray(segments)
+        return attention.mha(query, key, value, ids, sm_scale=problem.head_dim**-0.5, causal="causal" in terms)
 
     return attend
 
@@ -328,8 +340,11 @@ def _cuda_only(what: str) -> Callable[[Problem], str | None]:
 
 
 def _pallas_ops_refuses(problem: Problem) -> str | None:
-    if problem.mask not in ("causal", "full"):
-        return f"it has no mask argument: causal or full only, not {problem.mask!r}"
+    terms = cases.conjunction(problem.mask)
+    if terms is None or "window" in terms:
+        return f"it has no argument for {problem.mask!r}: causal and segments only"
+    if "documents" in terms and problem.queries != problem.keys:
+        return "its segments need as many queries as keys"
     return _cuda_only("this Pallas kernel")(problem)
 
 
@@ -360,7 +375,9 @@ ADAPTERS = {
         Adapter("pallas-ops", "jax pallas.ops.gpu", "jax", _pallas_ops, _pallas_ops_refuses, tiled=True),
         Adapter("tokamax-triton", "tokamax triton", "jax", _tokamax("triton"), _cuda_only("it"), tiled=True),
         Adapter("tokamax-mosaic", "tokamax mosaic", "jax", _tokamax("mosaic"), _cuda_only("it"), tiled=True),
+        Adapter("tokamax-cudnn", "tokamax cudnn", "jax", _tokamax("cudnn"), _cuda_only("cuDNN"), tiled=True),
         Adapter("tokamax-xla", "tokamax xla", "jax", _tokamax("xla")),
+        Adapter("tokamax-xla-chunked", "tokamax xla chunked", "jax", _tokamax("xla_chunked"), tiled=True),
         Adapter("torch-eager", "torch eager", "torch", _torch_eager, score_bytes=_EAGER_SCORES, extra_queries=2),
         Adapter(
             "torch-sdpa-math",
@@ -435,7 +452,7 @@ def find(name: str) -> Adapter:
         module, attribute = parts
         function = getattr(importlib.import_module(module), attribute)
         if framework == "jax":
-            return _like_jax_nn(function, problem)
+            return _like_jax_nn(function, problem, windows=False)
         causal = problem.mask == "causal"
         allowed = None if causal else _torch_allowed(problem)
         if causal:

@@ -140,7 +140,16 @@ class Problem:
 
 # Order is the order of rows, legends and tables.
 OURS = ("jaxattn-naive", "jaxattn-blockwise", "jaxattn-triton")
-JAX_PEERS = ("jax-nn-xla", "jax-nn-cudnn", "pallas-ops", "tokamax-triton", "tokamax-mosaic", "tokamax-xla")
+JAX_PEERS = (
+    "jax-nn-xla",
+    "jax-nn-cudnn",
+    "pallas-ops",
+    "tokamax-triton",
+    "tokamax-mosaic",
+    "tokamax-cudnn",
+    "tokamax-xla",
+    "tokamax-xla-chunked",
+)
 TORCH_PEERS = (
     "torch-eager",
     "torch-sdpa-math",
@@ -300,6 +309,39 @@ def evaluate(text: str, primitives: Mapping[str, object]):
     except SyntaxError:
         raise wrong("it is not an expression") from None
     return value(tree.body)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Terms:
+    """Primitives joined by `&`, each at most once; None for any other expression."""
+
+    found: dict[str, tuple[int, ...]] | None
+
+    def __and__(self, other: _Terms) -> _Terms:
+        if self.found is None or other.found is None or self.found.keys() & other.found.keys():
+            return _Terms(None)
+        return _Terms(self.found | other.found)
+
+    def __or__(self, other: _Terms) -> _Terms:
+        return _Terms(None)
+
+    def __invert__(self) -> _Terms:
+        return _Terms(None)
+
+
+def conjunction(mask: str) -> dict[str, tuple[int, ...]] | None:
+    """The primitives of a mask that is nothing but a conjunction, for libraries with arguments for them.
+
+    >>> conjunction("causal & window(63, 0)"), conjunction("full"), conjunction("~causal")
+    ({'causal': (), 'window': (63, 0)}, {}, None)
+    """
+    primitives = {
+        "full": _Terms({}),
+        "causal": _Terms({"causal": ()}),
+        "window": lambda left, right: _Terms({"window": (left, right)}),
+        "documents": lambda n: _Terms({"documents": (n,)}),
+    }
+    return evaluate(mask, primitives).found
 
 
 def by_index(t, s, T: int, S: int) -> dict[str, object]:

@@ -88,6 +88,10 @@ class Server:
         """Build and compile without making inputs: seconds, and bytes where the compiler says them."""
         return self.session.compile()
 
+    def traffic(self) -> dict:
+        """Bytes moved by the profiler's count and model, for the device at hand; JAX only."""
+        return self.session.traffic()
+
     def first(self, rows_path: str) -> dict:
         """Make the inputs, call once, note the peak of memory, and save the rows that are judged."""
         session = self.session
@@ -273,9 +277,9 @@ class Jax(Session):
                 return (out, *pullback(cotangent))
 
         structs = [jax.ShapeDtypeStruct(shape, problem.dtype) for shape in self.shapes()]
+        self.function, self.structs = function, structs
         start = time.perf_counter()
-        lowered = jax.jit(function).lower(*structs)
-        self.compiled = lowered.compile()
+        self.compiled = jax.jit(function).lower(*structs).compile()
         seconds = time.perf_counter() - start
         memory = self.compiled.memory_analysis()
         total = memory.temp_size_in_bytes + memory.argument_size_in_bytes + memory.output_size_in_bytes
@@ -283,6 +287,22 @@ class Jax(Session):
             "compile_s": seconds,
             "temporaries_bytes": memory.temp_size_in_bytes,
             "compiled_peak_bytes": total - memory.alias_size_in_bytes,
+        }
+
+    def traffic(self) -> dict:
+        from jaxattn.profiler import profile
+
+        report = profile(self.function, *self.structs)
+        cold = report.dram.cold.total
+        return {
+            "target": report.target,
+            "requested_bytes": report.requested.total,
+            "dram_low_bytes": min(cold.low, cold.high),
+            "dram_high_bytes": max(cold.low, cold.high),
+            "compulsory_bytes": report.compulsory.total,
+            "peak_flops": report.peak_flops,
+            "bytes_per_s": report.bytes_per_s,
+            "unknown": list(report.unknown),
         }
 
     def shapes(self) -> list[tuple[int, ...]]:

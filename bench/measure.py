@@ -38,6 +38,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     made.add_argument("--direction", choices=("forward", "both"), default="forward", help="both: and backward")
     made.add_argument("--cold", action="store_true", help="rotate inputs, so that none is in a cache")
+    made.add_argument("--traffic", action="store_true", help="also model the bytes that the JAX rows move")
     made.add_argument("--repeats", type=int, default=run.REPEATS, help="at most so many rounds")
     made.add_argument("--minutes", type=float, help="time for measuring; what does not fit is skipped and listed")
     made.add_argument("--threads", type=int, default=0, help="CPU threads for both frameworks; 0: all cores")
@@ -72,6 +73,7 @@ def main(argv: list[str]) -> int:
         dtype=arguments.dtype,
         direction=arguments.direction,
         cold=arguments.cold,
+        traffic=arguments.traffic,
         repeats=max(1, arguments.repeats),
         threads=arguments.threads,
         seed=arguments.seed,
@@ -118,6 +120,9 @@ def finish(data: dict, folder: Path, *, traffic: bool) -> None:
             pictures += traffic_picture(data, folder)
     except ImportError as error:
         print(f"No figures: {error}. Install with pip install -e '.[all]', then python -m bench plot {folder}")
+    for key, rows in plot.groups(data).items():
+        if any(row["times_s"] for row in rows):
+            print(f"{plot.caption(key, rows)}: {report.findings(rows)}")
     reports = report.write(data, folder, pictures)
     for path in [folder / "results.json", *reports, *pictures]:
         print(path)

@@ -33,7 +33,9 @@ STYLES = {
     "pallas-ops": Style("#cc79a7", "<"),
     "tokamax-triton": Style("#7e3f8f", ">"),
     "tokamax-mosaic": Style("#4b0082", "P"),
+    "tokamax-cudnn": Style("#9467bd", "1"),
     "tokamax-xla": Style("#b48cd0", "h", "--"),
+    "tokamax-xla-chunked": Style("#c8a8e0", "2"),
     "torch-eager": Style("#56b4e9", "D", "--"),
     "torch-sdpa-math": Style("#0072b2", "X", "--"),
     "torch-sdpa-flash": Style("#004d80", "p"),
@@ -112,6 +114,10 @@ def draw(data: dict, folder: Path) -> list[Path]:
             paths.append(figure(data, key, rows, folder / f"{stem}-{kind}.png"))
         if any(row["error"] and row["times_s"] for row in rows):
             paths.append(error_figure(data, key, rows, folder / f"{stem}-error.png"))
+        if any(counted(row) for row in rows):
+            paths.append(bytes_figure(data, key, rows, folder / f"{stem}-bytes.png"))
+        if any(counted(row) and row["traffic"]["bytes_per_s"] and row["times_s"] for row in rows):
+            paths.append(roofline_figure(data, key, rows, folder / f"{stem}-roofline.png"))
     return paths
 
 
@@ -329,6 +335,69 @@ def error_figure(data: dict, key: tuple, rows: list[dict], path: Path) -> Path:
     ax.set_ylabel("RMSE against float64 / allowed RMSE")
     ax.grid(True, which="major", color="#dddddd", linewidth=0.6)
     figure.suptitle(f"length {length}: {caption(key, rows)}\n{where(data)}", fontsize=10)
+    return save(figure, path)
+
+
+def counted(row: dict) -> bool:
+    """Whether the profiler counted every byte of the row."""
+    found = row.get("traffic")
+    return bool(found) and "reason" not in found and not found["unknown"]
+
+
+def bytes_figure(data: dict, key: tuple, rows: list[dict], path: Path) -> Path:
+    """Bytes moved against length: requested, and DRAM by the model. Modelled, so hollow and dotted."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 4.6), sharey=True, layout="constrained")
+    titles = ("requested by the kernels", "DRAM, from a cold cache (band: the model's interval)")
+    lengths = sorted({row["keys"] for row in rows})
+    for ax, title in zip(axes, titles, strict=True):
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        ax.set_xticks(lengths, [f"{length}" for length in lengths])
+        ax.minorticks_off()
+        ax.set_xlabel("sequence length")
+        ax.set_title(title, fontsize=9)
+        ax.grid(True, which="major", color="#dddddd", linewidth=0.6)
+    axes[0].set_ylabel("moved by one call (GB, model)")
+    for name, own in by_implementation(row for row in rows if counted(row)).items():
+        look = style(name)
+        drawn = {"color": look.colour, "linestyle": ":", "marker": look.marker, "markerfacecolor": "none"}
+        keys = [row["keys"] for row in own]
+        requested, low, high = (
+            [row["traffic"][name] / 1e9 for row in own]
+            for name in ("requested_bytes", "dram_low_bytes", "dram_high_bytes")
+        )
+        axes[0].plot(keys, requested, label=own[0]["label"], **drawn)
+        axes[1].plot(keys, high, **drawn)
+        axes[1].fill_between(keys, low, high, color=look.colour, alpha=0.2, linewidth=0)
+    figure.suptitle(f"{caption(key, rows)}\n{where(data)}; modelled, not measured", fontsize=10)
+    return save(figure, path)
+
+
+def roofline_figure(data: dict, key: tuple, rows: list[dict], path: Path) -> Path:
+    """Measured TFLOP/s over modelled operations per byte of DRAM traffic, under the device's two roofs."""
+    import matplotlib.pyplot as plt
+
+    known = [row for row in rows if counted(row) and row["times_s"] and row["traffic"]["bytes_per_s"]]
+    facts = known[0]["traffic"]
+    figure, ax = plt.subplots(figsize=(5.6, 4.4), layout="constrained")
+    for name, own in by_implementation(known).items():
+        look = style(name)
+        xs = [row["flops"] / row["traffic"]["dram_low_bytes"] for row in own]
+        ys = [results.summary(row).tflops for row in own]
+        ax.plot(xs, ys, color=look.colour, marker=look.marker, linestyle=look.line, label=own[0]["label"])
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    low, high = ax.get_xlim()
+    ridge = facts["peak_flops"] / facts["bytes_per_s"]
+    low, high = min(low, ridge / 2), max(high, ridge * 2)
+    roof = [(x, min(facts["peak_flops"], x * facts["bytes_per_s"]) / 1e12) for x in (low, ridge, high)]
+    ax.plot(*zip(*roof, strict=True), color="#808080", linewidth=1.2, zorder=0)
+    ax.set_xlabel("operations per byte of DRAM traffic (model)")
+    ax.set_ylabel("TFLOP/s (measured)")
+    ax.grid(True, which="major", color="#dddddd", linewidth=0.6)
+    figure.suptitle(f"{caption(key, rows)}\n{where(data)}; roofs: {facts['target']}", fontsize=10)
     return save(figure, path)
 
 

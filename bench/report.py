@@ -67,14 +67,18 @@ def blocks(data: dict, pictures: list[Path]) -> list:
     for key, rows in many.items():
         parts.append(Heading(plot.caption(key, rows), 2))
         parts.append(Paragraph(f"Case `{key[0]}`."))
-        parts += findings(rows)
+        parts.append(Paragraph(findings(rows)))
         stem = plot.name_of(key, many)
         for path in [path for path in left if path.stem.startswith(stem + "-")]:
             parts.append(Picture(path, f"{path.stem.removeprefix(stem + '-')}: {plot.caption(key, rows)}"))
             left.remove(path)
         measured = tuple(cells(row) for row in rows if row["times_s"])
         if measured:
-            parts.append(Table(COLUMNS, measured, left=1))
+            parts.append(Table(COLUMNS, measured))
+        moved = tuple(traffic_cells(row) for row in rows if row.get("traffic"))
+        if moved:
+            parts.append(Paragraph("Bytes moved by the JAX rows, modelled by the profiler, not measured:"))
+            parts.append(Table(TRAFFIC_COLUMNS, moved))
         lost = tuple(
             (row["label"], str(row["keys"]), row["status"], row["reason"]) for row in rows if not row["times_s"]
         )
@@ -124,6 +128,32 @@ def cells(row: dict) -> tuple[str, ...]:
     )
 
 
+TRAFFIC_COLUMNS = (
+    "implementation",
+    "length",
+    "compulsory MB",
+    "requested MB",
+    "DRAM (model, cold) MB",
+    "not counted",
+)
+
+
+def traffic_cells(row: dict) -> tuple[str, ...]:
+    """One row of the table of bytes; the reason where the profiler could not say."""
+    found = row["traffic"]
+    if "reason" in found:
+        return (row["label"], str(row["keys"]), "", "", "", found["reason"])
+    low, high = number(found["dram_low_bytes"], 1e6), number(found["dram_high_bytes"], 1e6)
+    return (
+        row["label"],
+        str(row["keys"]),
+        number(found["compulsory_bytes"], 1e6),
+        number(found["requested_bytes"], 1e6),
+        low if low == high else f"{low} to {high}",
+        "; ".join(found["unknown"]),
+    )
+
+
 def number(value: float | None, unit: float = 1.0) -> str:
     """Three significant digits without an exponent.
 
@@ -138,7 +168,7 @@ def number(value: float | None, unit: float = 1.0) -> str:
     return f"{value:.3g}"
 
 
-def findings(rows: list[dict]) -> list[Paragraph]:
+def findings(rows: list[dict]) -> str:
     """What the rows of one group say, in sentences: fastest at each length, speedup and memory of tiling."""
     sentences = []
     alone = [row for row in rows if not row["layer"]]
@@ -156,7 +186,7 @@ def findings(rows: list[dict]) -> list[Paragraph]:
         if timed:
             best = min(timed, key=lambda row: results.summary(row).time_ms)
             sentences.append(f"Fastest at {length}: {best['label']}, {number(results.summary(best).time_ms)} ms.")
-    return [Paragraph(" ".join(sentences))]
+    return " ".join(sentences)
 
 
 def speedup(rows: list[dict]) -> str | None:

@@ -53,6 +53,7 @@ class Settings:
     dtype: str | None = None
     direction: str = "forward"
     cold: bool = False
+    traffic: bool = False
     repeats: int = REPEATS
     threads: int = 0
     seed: int = 0
@@ -400,6 +401,7 @@ class Runner:
             "flops": problem.flops(),
             "predicted_bytes": adapter.predicted_bytes(problem),
             "error": None,
+            "traffic": None,
             "times_s": [],
             "device_times_s": [],
         }
@@ -514,6 +516,9 @@ class Runner:
         if needed is not None and needed > limit:
             row["status"], row["reason"] = "skipped", memory_reason(needed, limit)
             return
+        if self.settings.traffic and row["framework"] == "jax":
+            reply = child.ask("traffic", COMPILE_S)
+            row["traffic"] = reply if reply.pop("ok") else {"reason": reply["reason"]}
         rows_path = str(self.scratch / "rows.npz")
         patience_s = max(FIRST_CALL_S, 10 * (row.get("predicted_s") or 0))
         reply = self.step(one, lambda: child.ask("first", patience_s, rows_path=rows_path))

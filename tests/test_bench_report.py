@@ -95,6 +95,40 @@ def test_figures_are_drawn_and_hold_what_was_not_measured_as_hollow_markers(exam
     assert solid["jaxattn blockwise"] == [100.0, 1000.0, 16000.0]
 
 
+TRAFFIC = {
+    "target": "NVIDIA H100",
+    "requested_bytes": 4 * 10**9,
+    "dram_low_bytes": 10**9,
+    "dram_high_bytes": 2 * 10**9,
+    "compulsory_bytes": 10**8,
+    "peak_flops": 989e12,
+    "bytes_per_s": 3.35e12,
+    "unknown": [],
+}
+
+
+def test_modelled_bytes_are_drawn_hollow_and_measured_rates_under_the_roofs(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(plot, "save", lambda figure, path: drawn.setdefault(path.name, figure) and path)
+    rows = [
+        row("jaxattn-naive", 1024, (1.0,), traffic=TRAFFIC),
+        row("jaxattn-blockwise", 1024, (1.0,), traffic=TRAFFIC | {"unknown": ["a loop"]}),
+        row("torch-sdpa-flash", 1024, (1.0,), traffic=None),
+    ]
+    plot.draw(data(rows), tmp_path)
+    requested, dram = drawn["llama-3.2-1b-bytes.png"].axes
+    assert [(line.get_label(), list(line.get_ydata())) for line in requested.get_lines()] == [("jaxattn naive", [4.0])]
+    assert all(line.get_markerfacecolor() == "none" for line in (*requested.get_lines(), *dram.get_lines()))
+    (ax,) = drawn["llama-3.2-1b-roofline.png"].axes
+    naive, roof = ax.get_lines()
+    assert list(naive.get_xdata()) == [rows[0]["flops"] / 1e9]
+    assert max(roof.get_ydata()) == 989
+    text = report.markdown(report.blocks(data(rows), []))
+    assert "modelled by the profiler, not measured" in text
+    assert "| jaxattn naive | 1024 | 100 | 4000 | 1000 to 2000 |  |" in text
+    assert "| jaxattn blockwise | 1024 | 100 | 4000 | 1000 to 2000 | a loop |" in text
+
+
 def test_figures_say_never_where_flash_is_never_twice_as_fast(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(plot, "save", lambda figure, path: figures.append(figure) or path)
