@@ -26,6 +26,7 @@ COMMANDS = {
     "calculate": Command("bench.calculators", "memory, FLOPs, longest sequence, KV cache, by formula"),
     "compare": Command("bench.compare", "ratios of two results files, and what is within noise"),
     "plot": Command("bench.plot", "draw a run again"),
+    "readme": Command("bench.readme", "make the README's tables again from the published results"),
     "report": Command("bench.report", "write a run's reports again"),
 }
 

@@ -146,21 +146,25 @@ def target_slug(found: dict) -> str:
     """The device's folder under `bench/results`: the profiler's name for it."""
     from jaxattn.profiler import targets
 
-    return targets.here("cuda", found["device_name"]).slug
+    return targets.here(found["device"], found["device_name"]).slug
 
 
 def publish(folder: Path, place: Path) -> Path:
-    """Copy a run's results to their place, whole or not at all; nothing is committed.
-
-    What was there is replaced part by part: a run of one part leaves the others.
-    """
-    place.mkdir(parents=True, exist_ok=True)
+    """Copy a run's parts to their place; nothing is committed. What is there of other parts stays."""
     for source in sorted(folder.iterdir()):
-        new, old = place / (source.name + ".new"), place / source.name
-        if source.is_dir():
-            shutil.copytree(source, new, dirs_exist_ok=True)
-            shutil.rmtree(old, ignore_errors=True)
-        else:
-            shutil.copy2(source, new)
-        new.rename(old)
+        publish_part(source, place / source.name)
+    return place
+
+
+def publish_part(source: Path, place: Path) -> Path:
+    """Copy one file or folder, which takes the old one's place only when it is whole."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    new = place.with_name(place.name + ".new")
+    if source.is_dir():
+        shutil.rmtree(new, ignore_errors=True)
+        shutil.copytree(source, new)
+        shutil.rmtree(place, ignore_errors=True)
+    else:
+        shutil.copy2(source, new)
+    new.rename(place)
     return place

@@ -7,17 +7,18 @@ that is stopped leaves a complete picture of what it measured.
 from __future__ import annotations
 
 import argparse
-import importlib
 import shlex
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
-from bench import adapters, cases, commands, environment, plot, report, results, run
+from bench import adapters, cases, commands, environment, gpu, plot, report, results, run
 
 MAIN_CASE = "llama-3.2-1b"
-TOTAL_S = 230.0  # of five minutes; figures, the traffic picture and starting up take the rest
+TOTAL_S = 215.0  # of five minutes; figures, the traffic picture and starting up take the rest
 QUICK_S = 44.0  # of one minute
+TRAFFIC_S = 60.0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -44,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--threads", type=int, default=0, help="CPU threads for both frameworks; 0: all cores")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--out", type=Path, help="folder for the results")
+    made.add_argument("--publish", action="store_true", help="copy the results to bench/results/<device>/cases")
     made.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with a run that was stopped")
     return made
 
@@ -80,10 +82,11 @@ def main(argv: list[str]) -> int:
     )
     command = shlex.join(["python", "-m", "bench", *argv])
     main_job = not (arguments.case or arguments.shape)
-    return measure(settings, chosen, arguments.resume or arguments.out, command, earlier, traffic=main_job)
+    folder = arguments.resume or arguments.out
+    return measure(settings, chosen, folder, command, earlier, traffic=main_job, publish=arguments.publish)
 
 
-def measure(settings, chosen, folder, command, earlier=None, *, traffic=False) -> int:
+def measure(settings, chosen, folder, command, earlier=None, *, traffic=False, publish=False) -> int:
     """Run the cases and leave results, figures and reports in the folder, whose path is printed."""
     try:
         runner = run.Runner(settings, folder, command, earlier)
@@ -105,6 +108,9 @@ def measure(settings, chosen, folder, command, earlier=None, *, traffic=False) -
     if stopped:
         print(f"Stopped. To go on: {command} --resume {shlex.quote(str(runner.folder))}")
         return 130
+    if publish:
+        place = run.ROOT / "bench/results" / gpu.target_slug(runner.results["environment"])
+        print(f"Published: {gpu.publish_part(runner.folder, place / 'cases')}")
     wrong = [row for row in runner.results["rows"] if row["status"] == "wrong"]
     for row in wrong:
         print(f"WRONG: {row['label']} at {row['keys']}: {row['reason']}")
@@ -117,7 +123,7 @@ def finish(data: dict, folder: Path, *, traffic: bool) -> None:
     try:
         pictures += plot.draw(data, folder)
         if traffic:
-            pictures += traffic_picture(data, folder)
+            pictures += traffic_picture(folder)
     except ImportError as error:
         print(f"No figures: {error}. Install with pip install -e '.[all]', then python -m bench plot {folder}")
     for key, rows in plot.groups(data).items():
@@ -128,12 +134,19 @@ def finish(data: dict, folder: Path, *, traffic: bool) -> None:
         print(path)
 
 
-def traffic_picture(data: dict, folder: Path) -> list[Path]:
-    """The picture of bytes moved, where the profiler's part of the benchmark is there."""
+def traffic_picture(folder: Path) -> list[Path]:
+    """The picture of bytes moved, by `python -m bench traffic`, where that is there; a reason where it fails."""
     if "traffic" not in commands.available():
         return []
-    importlib.import_module(commands.COMMANDS["traffic"].module)
-    return []
+    command = [sys.executable, "-m", "bench", "traffic", "--out", str(folder)]
+    try:
+        finished = subprocess.run(command, cwd=run.ROOT, timeout=TRAFFIC_S, check=False)
+    except subprocess.TimeoutExpired:
+        print(f"No traffic picture: it took more than {TRAFFIC_S:.0f} s; run python -m bench traffic by itself.")
+        return []
+    if finished.returncode:
+        print(f"No traffic picture: python -m bench traffic ended with exit code {finished.returncode}.")
+    return [path for path in [folder / "traffic.png"] if path.exists()]
 
 
 def chosen_cases(arguments: argparse.Namespace) -> list[cases.Case]:

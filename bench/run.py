@@ -356,12 +356,12 @@ class Runner:
         self.under_way = waiting
         must = [one for one in waiting if self.must_run(one.problem)]
         try:
-            self.open(must, progress)
+            self.open(must, 0.0, progress)
             reserved_s = sum(self.cost_s(problem, 2) for problem in later if self.must_run(problem))
             admitted = self.admit([one for one in waiting if one not in must], reserved_s, progress)
             beside = [one for one in must if one.row["status"] == "ok"]
             for batch in list(self.batches(admitted)) or [[]]:
-                self.open(batch, progress)
+                self.open(batch, reserved_s, progress)
                 going = [one for one in beside + batch if one.row["status"] == "ok"]
                 self.time_in_turns(going, reserved_s, bool(later), progress)
                 for one in beside + batch:
@@ -469,8 +469,11 @@ class Runner:
         if batch:
             yield batch
 
-    def open(self, batch: list[Measurement], progress: Progress) -> None:
-        """Start the children together, then gate them one by one; what fails is closed and saved."""
+    def open(self, batch: list[Measurement], reserved_s: float, progress: Progress) -> None:
+        """Start the children together, then gate them one by one; what fails is closed and saved.
+
+        Where the machine is slower than predicted, those that must run later keep their time.
+        """
         if not batch:
             return
         progress.say(f"{batch[0].problem.case} {batch[0].problem.keys}: starting {len(batch)} processes")
@@ -483,6 +486,8 @@ class Runner:
         for one in batch:
             self.step(one, lambda child=one.child: child.hear(120))
         for one in batch:
+            if one.row["status"] == "waiting" and self.left_s() < reserved_s:
+                one.row["status"], one.row["reason"] = "skipped", "time: the rows before it took what was left"
             if one.row["status"] == "waiting":
                 progress.say(f"{one.problem.case} {one.problem.keys}: {one.row['label']}")
                 self.gate(one)

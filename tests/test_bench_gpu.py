@@ -76,4 +76,5 @@ def test_without_a_gpu_it_says_so_and_runs_nothing(monkeypatch, capsys):
 
 
 def test_results_of_a_known_gpu_go_to_its_folder():
-    assert gpu.target_slug({"device_name": "NVIDIA H200"}) == "h200"
+    assert gpu.target_slug({"device": "cuda", "device_name": "NVIDIA H200"}) == "h200"
+    assert gpu.target_slug({"device": "cpu", "device_name": "AMD EPYC"}) == "cpu"

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from bench import commands, compare, plot, report, results, run
+from bench import commands, compare, plot, readme, report, results, run
 
 LABELS = {"jaxattn-naive": False, "jaxattn-blockwise": True, "torch-sdpa-flash": True}
 
@@ -207,3 +207,27 @@ def test_an_unknown_command_is_answered_with_the_commands(capsys):
 
     assert __main__.main(["ghost"]) == 2
     assert "calculate" in capsys.readouterr().err
+
+
+def test_the_readme_and_the_published_results_agree():
+    text = (run.ROOT / "README.md").read_text()
+    new, count = readme.updated(text, run.ROOT)
+    if not count:
+        pytest.skip("the README holds no table of results")
+    assert new == text, "python -m bench readme makes the tables again"
+
+
+def test_a_readme_block_is_made_from_its_results(example, tmp_path):
+    results.save(example, tmp_path / "bench/results/cpu/cases")
+    begin, end = "<!-- bench: cpu/cases llama-3.2-1b -->\n", "<!-- /bench -->"
+    new, count = readme.updated(f"before\n{begin}old{end}\nafter", tmp_path)
+    assert count == 1
+    assert new.startswith(f"before\n{begin}")
+    assert new.endswith(f"{end}\nafter")
+    assert "| jaxattn naive | 150 ms, 384 MiB | 4100 ms, 6144 MiB | (memory) |" in new
+    assert "](bench/results/cpu/cases/llama-3.2-1b-time.png)" in new
+    assert readme.updated(new, tmp_path) == (new, 1)
+    with pytest.raises(ValueError, match="no measurement of case 'mqa'"):
+        readme.updated(f"<!-- bench: cpu/cases mqa -->\n{end}", tmp_path)
+    with pytest.raises(ValueError, match="no results here"):
+        readme.updated(f"<!-- bench: h200/cases mqa -->\n{end}", tmp_path)
