@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,23 @@ _ATTENTION_BIAS = {
     "v_proj.bias": ("bv", "(K H) -> K H"),
     "o_proj.bias": ("bo", "D -> D"),
 }
+_BLOCK = {
+    "input_layernorm.weight": ("attention_norm.scale", "D -> D"),
+    "post_attention_layernorm.weight": ("mlp_norm.scale", "D -> D"),
+    "mlp.gate_proj.weight": ("mlp.wg", "F D -> D F"),
+    "mlp.up_proj.weight": ("mlp.wu", "F D -> D F"),
+    "mlp.down_proj.weight": ("mlp.wd", "D F -> F D"),
+}
+_MLP_BIAS = {
+    "mlp.gate_proj.bias": ("mlp.bg", "F -> F"),
+    "mlp.up_proj.bias": ("mlp.bu", "F -> F"),
+    "mlp.down_proj.bias": ("mlp.bd", "D -> D"),
+}
+_MODEL = {
+    "model.embed_tokens.weight": ("embedding", "V D -> V D"),
+    "model.norm.weight": ("norm.scale", "D -> D"),
+}
+_UNTIED = {"lm_head.weight": ("unembedding", "V D -> V D")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,6 +166,44 @@ def attention_table(config: LlamaConfig) -> dict[str, tuple[str, str]]:
     return _ATTENTION | (_ATTENTION_BIAS if config.attention_bias else {})
 
 
+def block_table(config: LlamaConfig) -> dict[str, tuple[str, str]]:
+    """Hugging Face's names in one block -> (parameter of `nn.Block`, axes "theirs -> ours").
+
+    >>> block_table(LLAMA_3_2_1B)["self_attn.k_proj.weight"]
+    ('attention.wk', '(K H) D -> D K H')
+    """
+    attention = attention_table(config).items()
+    inside = {f"self_attn.{name}": (f"attention.{ours}", axes) for name, (ours, axes) in attention}
+    return inside | _BLOCK | (_MLP_BIAS if config.mlp_bias else {})
+
+
+def model_table(config: LlamaConfig) -> dict[str, tuple[str, str]]:
+    """Hugging Face's names in the whole model -> (parameter of `nn.Transformer`, axes). Parameters of block
+    i are named "blocks.i.attention.wq" and so on, and lie at index i of the stacked array.
+
+    >>> model_table(LLAMA_3_2_1B)["model.layers.15.mlp.gate_proj.weight"]
+    ('blocks.15.mlp.wg', 'F D -> D F')
+    """
+    table = _MODEL | ({} if config.tied_embeddings else _UNTIED)
+    for i in range(config.n_layers):
+        block = block_table(config).items()
+        table |= {f"model.layers.{i}.{name}": (f"blocks.{i}.{ours}", axes) for name, (ours, axes) in block}
+    return table
+
+
+def model_names(config: LlamaConfig, tensors: Mapping[str, Any]) -> list[str]:
+    """The names of a checkpoint that belong to the model: all but those that carry no information.
+
+    Left out are `lm_head.weight` where the embeddings are tied (it is the embedding again) and the
+    `inv_freq` buffers of old checkpoints (the configuration says them).
+    """
+    return [
+        name
+        for name in tensors
+        if not (config.tied_embeddings and name in _UNTIED) and not name.endswith("rotary_emb.inv_freq")
+    ]
+
+
 def load_attention(
     config: LlamaConfig,
     tensors: Mapping[str, np.ndarray],
@@ -169,7 +224,8 @@ def load_attention(
       implementation, dtype: as in `nn.Attention`. param_dtype: of the parameters; None keeps each tensor's.
 
     Returns: an `nn.Attention`.
-    Raises: ValueError that lists every missing, extra (under the prefix) or misshaped tensor.
+    Raises: ValueError that lists every missing, extra (under the prefix) or misshaped tensor; for NaN
+    weights.
 
     >>> rows = {"q_proj": 2048, "k_proj": 512, "v_proj": 512, "o_proj": 2048}
     >>> tensors = {f"{name}.weight": np.zeros((n, 2048), np.float32) for name, n in rows.items()}
@@ -178,8 +234,8 @@ def load_attention(
     (2048, 8, 64)
     """
     table = attention_table(config)
-    inside = {name: tensors[name] for name in tensors if name.startswith(prefix)} if prefix else tensors
-    check_tensors({prefix + name: axes for name, (_, axes) in table.items()}, inside, config)
+    inside = [name for name in model_names(config, tensors) if name.startswith(prefix)]
+    check_tensors({prefix + name: axes for name, (_, axes) in table.items()}, tensors, config, inside)
     layer = nnx.eval_shape(
         lambda: nn.Attention(
             config.d_model,
@@ -195,9 +251,131 @@ def load_attention(
         )
     )
     for name, (parameter, axes) in table.items():
-        array = jnp.asarray(convert(tensors[prefix + name], axes, config))
+        array = jnp.asarray(convert(_sound(prefix + name, tensors[prefix + name]), axes, config))
         setattr(layer, parameter, nnx.Param(array if param_dtype is None else array.astype(param_dtype)))
     return layer
+
+
+def build(
+    config: LlamaConfig,
+    *,
+    freqs: rope.Frequencies | None = None,
+    implementation: Any = None,
+    dtype: Any = None,
+    param_dtype: Any = jnp.float32,
+    remat: Any = None,
+    rngs: nnx.Rngs,
+) -> nn.Transformer:
+    """A Llama model with initial weights.
+
+    Args: config: sizes and rules. The others as in `nn.Attention` and `nn.Transformer`; freqs instead of
+    those of
+      `config.rope`.
+
+    >>> model = nnx.eval_shape(lambda: build(LLAMA_3_2_1B, rngs=nnx.Rngs(0)))
+    >>> model.blocks.attention.wq.shape
+    (16, 2048, 32, 64)
+    """
+    common = dict(dtype=dtype, param_dtype=param_dtype)
+
+    def block(rngs):
+        attention = nn.Attention(
+            config.d_model,
+            config.n_heads,
+            n_kv_heads=config.n_kv_heads,
+            head_dim=config.head_dim,
+            rope=config.rope if freqs is None else freqs,
+            qkv_bias=config.attention_bias,
+            out_bias=config.attention_bias,
+            implementation=implementation,
+            rngs=rngs,
+            **common,
+        )
+        mlp = nn.GatedMLP(config.d_model, config.d_mlp, bias=config.mlp_bias, rngs=rngs, **common)
+        norms = [nn.RMSNorm(config.d_model, eps=config.rms_eps, rngs=rngs, **common) for _ in range(2)]
+        return nn.Block(attention, mlp, *norms)
+
+    return nn.Transformer(
+        config.vocab_size,
+        config.d_model,
+        config.n_layers,
+        block,
+        tied=config.tied_embeddings,
+        eps=config.rms_eps,
+        remat=remat,
+        rngs=rngs,
+        **common,
+    )
+
+
+def load(
+    config: LlamaConfig,
+    tensors: Mapping[str, np.ndarray],
+    *,
+    freqs: rope.Frequencies | None = None,
+    implementation: Any = None,
+    dtype: Any = None,
+    param_dtype: Any = None,
+) -> nn.Transformer:
+    """A Llama model with a checkpoint's weights.
+
+    Args:
+      config: sizes and rules. tensors: Hugging Face's names -> arrays, read one at a time, such as
+      `Safetensors`. param_dtype: of the parameters; None keeps that of the embedding. The others as in
+      `build`.
+
+    Returns: an `nn.Transformer`.
+    Raises: ValueError that lists every missing, extra or misshaped tensor, and for NaN or infinite weights.
+
+    Example: `load(LlamaConfig.from_folder(folder), Safetensors(folder))`.
+    """
+    table = model_table(config)
+    names = model_names(config, tensors)
+    check_tensors({name: axes for name, (_, axes) in table.items()}, tensors, config, names)
+    if param_dtype is None:
+        param_dtype = tensors["model.embed_tokens.weight"].dtype
+    model = nnx.eval_shape(
+        lambda: build(
+            config,
+            freqs=freqs,
+            implementation=implementation,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            rngs=nnx.Rngs(0),
+        )
+    )
+    stacks: dict[str, np.ndarray] = {}
+    for name, (path, axes) in table.items():
+        array = convert(_sound(name, tensors[name]), axes, config).astype(param_dtype)
+        outer, index, inner = _split_path(path)
+        if index is None:
+            stacks[outer] = array
+        else:
+            stack = stacks.setdefault(inner, np.empty((config.n_layers, *array.shape), array.dtype))
+            stack[index] = array
+    while stacks:
+        path, array = stacks.popitem()
+        *parents, last = path.split(".")
+        owner = model
+        for parent in parents:
+            owner = getattr(owner, parent)
+        setattr(owner, last, nnx.Param(jnp.asarray(array)))
+    return model
+
+
+def _split_path(path: str) -> tuple[str, int | None, str]:
+    """ "blocks.3.mlp.wg" -> ("blocks", 3, "blocks.mlp.wg"), others -> (path, None, path)."""
+    parts = path.split(".")
+    if len(parts) > 1 and parts[1].isdigit():
+        return parts[0], int(parts[1]), ".".join([parts[0], *parts[2:]])
+    return path, None, path
+
+
+def _sound(name: str, array: np.ndarray) -> np.ndarray:
+    wrong = array.size - int(np.isfinite(array.astype(np.float32, copy=False)).sum())
+    if wrong:
+        raise ValueError(f"{name} has {wrong} weights of {array.size} that are NaN or infinite")
+    return array
 
 
 def convert(array: np.ndarray, axes: str, config: LlamaConfig, *, inverse: bool = False) -> np.ndarray:
@@ -235,10 +413,13 @@ def shape_of(axes: str, config: LlamaConfig) -> tuple[int, ...]:
     return tuple(shape)
 
 
-def check_tensors(expected: Mapping[str, str], tensors: Mapping[str, Any], config: LlamaConfig) -> None:
+def check_tensors(
+    expected: Mapping[str, str], tensors: Mapping[str, Any], config: LlamaConfig, names: Iterable[str] | None = None
+) -> None:
     """Compare names and shapes with what a model needs.
 
-    Args: expected: name -> axes. tensors: name -> anything with a shape.
+    Args: expected: name -> axes. tensors: name -> array, or `Safetensors`. names: those of it to look at;
+    None is all.
     Raises: ValueError that lists every missing, extra and misshaped tensor.
 
     >>> check_tensors({"a": "D -> D"}, {"a": np.zeros(3), "b": np.zeros(1)}, LLAMA_3_2_1B)
@@ -248,13 +429,18 @@ def check_tensors(expected: Mapping[str, str], tensors: Mapping[str, Any], confi
       misshaped: a (3,), should be (2048,)
     """
     shapes = {name: shape_of(axes, config) for name, axes in expected.items()}
-    problems = [f"missing: {name} {shape}" for name, shape in shapes.items() if name not in tensors]
-    problems += [f"extra: {name} {tuple(tensors[name].shape)}" for name in tensors if name not in shapes]
+    found = {name: _shape(tensors, name) for name in (tensors if names is None else names)}
+    problems = [f"missing: {name} {shape}" for name, shape in shapes.items() if name not in found]
+    problems += [f"extra: {name} {shape}" for name, shape in found.items() if name not in shapes]
     for name, shape in shapes.items():
-        if name in tensors and tuple(tensors[name].shape) != shape:
-            problems.append(f"misshaped: {name} {tuple(tensors[name].shape)}, should be {shape}")
+        if found.get(name, shape) != shape:
+            problems.append(f"misshaped: {name} {found[name]}, should be {shape}")
     if problems:
         raise ValueError("the tensors do not fit the configuration:\n  " + "\n  ".join(problems))
+
+
+def _shape(tensors: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    return tensors.shape(name) if isinstance(tensors, Safetensors) else tuple(tensors[name].shape)
 
 
 class Safetensors(Mapping[str, np.ndarray]):
@@ -285,6 +471,11 @@ class Safetensors(Mapping[str, np.ndarray]):
     def __getitem__(self, name: str) -> np.ndarray:
         with safe_open(self._file_of[name], "np") as file:
             return file.get_tensor(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, from the header."""
+        with safe_open(self._file_of[name], "np") as file:
+            return tuple(file.get_slice(name).get_shape())
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._file_of)

@@ -9,11 +9,13 @@ shape in it is static, and one compiled prefill and one compiled decode step ser
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxattn import api
 from jaxattn import rope as rope_
@@ -214,8 +216,11 @@ class Attention(nnx.Module):
         return x if self.rope is None else rope_.rotate(x, positions, self.rope)
 
     def attend(self, query, key, value, mask: Mask, *, residual: bool = False):
-        """The context [..., T, N, U]; with `residual` a pair with the log-sum-exp [..., T, N]."""
-        return api.dot_product_attention(
+        """The context [..., T, N, U]; with `residual` a pair with the log-sum-exp [..., T, N].
+
+        Both are named "context" for `jax.checkpoint_policies.save_only_these_names`.
+        """
+        attended = api.dot_product_attention(
             query,
             key,
             value,
@@ -225,6 +230,7 @@ class Attention(nnx.Module):
             implementation=self.implementation,
             return_residual=residual,
         )
+        return checkpoint_name(attended, "context")
 
     def combine(self, context: jax.Array) -> jax.Array:
         """context [..., T, N, U] -> output [..., T, D]."""
@@ -251,6 +257,261 @@ class Attention(nnx.Module):
 
     def _mask(self, mask: Mask | None) -> Mask:
         return self.mask if mask is None else self.mask & mask
+
+
+class RMSNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * scale, over the last axis, computed in float32 and rounded once.
+
+    Args: size: of the last axis. eps: added to the mean square. dtype: of the result; None means that of x.
+      param_dtype: of scale, which is 1 at first.
+
+    Source: Zhang and Sennrich, arXiv:1910.07467, equation 4.
+
+    >>> RMSNorm(4, eps=0.0, rngs=nnx.Rngs(0))(jnp.array([[0.0, 0.0, 0.0, 8.0]])).tolist()
+    [[0.0, 0.0, 0.0, 2.0]]
+    """
+
+    def __init__(
+        self, size: int, *, eps: float = 1e-6, dtype: Any = None, param_dtype: Any = jnp.float32, rngs: nnx.Rngs
+    ):
+        del rngs  # nothing is random; taken so that every layer is made alike
+        self.eps, self.dtype = eps, dtype
+        self.scale = nnx.Param(jnp.ones((size,), param_dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., size] -> the same shape."""
+        wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        wide *= jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + self.eps)
+        return (wide * self.scale[...]).astype(self.dtype or x.dtype)
+
+
+class GatedMLP(nnx.Module):
+    """(activation(x wg + bg) * (x wu + bu)) wd + bd: a gated linear unit.
+
+    Args: d_model: D. d_mlp: F, its hidden width. activation: silu makes it SwiGLU. bias: on all three
+    projections,
+      zero at first. dtype, param_dtype, kernel_init, rngs: as in `Attention`.
+
+    Source: Shazeer, arXiv:2002.05202, equation 6.
+
+    >>> GatedMLP(8, 16, rngs=nnx.Rngs(0))(jnp.ones((1, 3, 8))).shape
+    (1, 3, 8)
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_mlp: int,
+        *,
+        activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
+        bias: bool = False,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        kernel_init: Initializer | None = None,
+        rngs: nnx.Rngs,
+    ):
+        init = kernel_init or _FAN_IN()
+        self.activation, self.dtype = activation, dtype
+        self.wg = nnx.Param(init(rngs.params(), (d_model, d_mlp), param_dtype))
+        self.wu = nnx.Param(init(rngs.params(), (d_model, d_mlp), param_dtype))
+        self.wd = nnx.Param(init(rngs.params(), (d_mlp, d_model), param_dtype))
+        self.bg = nnx.Param(jnp.zeros((d_mlp,), param_dtype)) if bias else None
+        self.bu = nnx.Param(jnp.zeros((d_mlp,), param_dtype)) if bias else None
+        self.bd = nnx.Param(jnp.zeros((d_model,), param_dtype)) if bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., T, D] -> the same shape, in the computation's dtype."""
+        gate = _linear("...d,df->...f", x, self.wg, self.bg, self.dtype)
+        up = _linear("...d,df->...f", x, self.wu, self.bu, self.dtype)
+        wide = jnp.promote_types(gate.dtype, jnp.float32)
+        hidden = (self.activation(gate.astype(wide)) * up.astype(wide)).astype(gate.dtype)
+        return _linear("...f,fd->...d", hidden, self.wd, self.bd, self.dtype)
+
+
+class Block(nnx.Module):
+    """A pre-norm transformer block: x += attention(norm(x)), then x += mlp(norm(x)).
+
+    Args: attention, mlp: called on [B, T, D]. attention_norm, mlp_norm: before each.
+
+    >>> rngs = nnx.Rngs(0)
+    >>> norms = [RMSNorm(8, rngs=rngs) for _ in range(2)]
+    >>> block = Block(Attention(8, 2, rngs=rngs), GatedMLP(8, 16, rngs=rngs), *norms)
+    >>> block(jnp.ones((1, 3, 8))).shape
+    (1, 3, 8)
+    """
+
+    def __init__(self, attention: nnx.Module, mlp: nnx.Module, attention_norm: nnx.Module, mlp_norm: nnx.Module):
+        self.attention, self.mlp = attention, mlp
+        self.attention_norm, self.mlp_norm = attention_norm, mlp_norm
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        mask: Mask | None = None,
+        cache: KVCache | None = None,
+    ):
+        """x [B, T, D] -> the same shape; with a cache the pair (x, next cache). Arguments as for
+        `Attention`."""
+        attended = self.attention(self.attention_norm(x), positions=positions, mask=mask, cache=cache)
+        attended, cache = attended if cache is not None else (attended, None)
+        x = x + attended
+        x = x + self.mlp(self.mlp_norm(x))
+        return x if cache is None else (x, cache)
+
+
+class Transformer(nnx.Module):
+    """A decoder-only language model: embedding, n equal blocks, norm, projection to the vocabulary.
+
+    The blocks' parameters are stacked along a first axis of length n_layers and scanned, so that compile
+    time does not grow with depth, and a rematerialised block frees its activations.
+
+    Args:
+      vocab_size: V. d_model: D. n_layers: number of blocks.
+      block: makes one block from `nnx.Rngs`.
+      tied: project with the embedding; otherwise `unembedding` [V, D] is a parameter of its own.
+      eps: of the last norm. dtype: of the computation; None means that of the embedding. param_dtype: of
+      embedding,
+        norm and projection. Embeddings are normal with standard deviation 0.02 at first.
+      remat: None keeps every activation for the backward pass; else a policy of `jax.checkpoint_policies`
+      for one
+        block (`nothing_saveable`, `dots_saveable`, `save_only_these_names("context")` keeps attention's
+        output).
+
+    >>> def block(rngs):
+    ...     norms = [RMSNorm(8, rngs=rngs) for _ in range(2)]
+    ...     return Block(Attention(8, 2, rngs=rngs), GatedMLP(8, 16, rngs=rngs), *norms)
+    >>> model = Transformer(32, 8, 3, block, rngs=nnx.Rngs(0))
+    >>> model(jnp.array([[1, 2, 3]])).shape
+    (1, 3, 32)
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        d_model: int,
+        n_layers: int,
+        block: Callable[[nnx.Rngs], nnx.Module],
+        *,
+        tied: bool = True,
+        eps: float = 1e-6,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        remat: Any = None,
+        rngs: nnx.Rngs,
+    ):
+        normal = jax.nn.initializers.normal(0.02)
+        self.n_layers, self.dtype, self.remat = n_layers, dtype, remat
+        self.embedding = nnx.Param(normal(rngs.params(), (vocab_size, d_model), param_dtype))
+        self.unembedding = None if tied else nnx.Param(normal(rngs.params(), (vocab_size, d_model), param_dtype))
+        self.norm = RMSNorm(d_model, eps=eps, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+        self.blocks = nnx.vmap(block)(rngs.fork(split=n_layers))
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        mask: Mask | None = None,
+        cache: KVCache | None = None,
+    ):
+        """Logits [B, T, V] in float32 (float64); with a cache the pair (logits, next cache).
+
+        Args: tokens: int [B, T]. positions, mask: as for `Attention`. cache: from `init_cache` or an earlier
+        call.
+        """
+        hidden = self.hidden(tokens, positions=positions, mask=mask, cache=cache)
+        if cache is None:
+            return self.logits(hidden)
+        return self.logits(hidden[0]), hidden[1]
+
+    def hidden(
+        self,
+        tokens: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        mask: Mask | None = None,
+        cache: KVCache | None = None,
+    ):
+        """What `logits` projects: [B, T, D] after the last norm; with a cache the pair with the next
+        cache."""
+        x = self.embedding[tokens].astype(self.dtype or self.embedding.dtype)
+        graph, parameters = nnx.split(self.blocks)
+
+        def layer(x, inputs):
+            parameters, slots = inputs
+            one = None if slots is None else KVCache(*slots, cache.length, cache.start)
+            out = nnx.merge(graph, parameters)(x, positions=positions, mask=mask, cache=one)
+            return out if slots is None else (out[0], (out[1].key, out[1].value))
+
+        def step(x, inputs):
+            out = layer(x, inputs)
+            return out if cache is not None else (out, None)
+
+        if self.remat is not None:
+            step = jax.checkpoint(step, policy=self.remat, prevent_cse=False)
+        slots = None if cache is None else (cache.key, cache.value)
+        x, slots = jax.lax.scan(step, x, (parameters, slots))
+        if cache is None:
+            return self.norm(x)
+        return self.norm(x), KVCache(*slots, cache.length + tokens.shape[1], cache.start)
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden [..., D] -> logits [..., V], accumulated and returned in float32 (float64)."""
+        kernel = (self.embedding if self.unembedding is None else self.unembedding)[...].astype(hidden.dtype)
+        wide = jnp.promote_types(hidden.dtype, jnp.float32)
+        return jnp.einsum(
+            "...d,vd->...v", hidden, kernel, precision=jax.lax.Precision.HIGHEST, preferred_element_type=wide
+        )
+
+    def init_cache(self, batch: int, slots: int, *, dtype: Any = None, start: jax.Array | None = None) -> KVCache:
+        """An empty cache: key and value [n_layers, B, slots, K, H]; arguments as for
+        `Attention.init_cache`."""
+        graph, parameters = nnx.split(self.blocks)
+        first = nnx.merge(graph, jax.tree.map(lambda x: x[0], parameters))
+        one = first.attention.init_cache(batch, slots, dtype=dtype or self.dtype, start=start)
+        many = [jnp.zeros((self.n_layers, *x.shape), x.dtype) for x in (one.key, one.value)]
+        return KVCache(*many, one.length, one.start)
+
+
+def generate(model: Transformer, tokens: jax.Array, new_tokens: int, *, padding: jax.Array | None = None) -> jax.Array:
+    """Continue each row greedily: prefill once, then one token at a time from the cache.
+
+    Args:
+      model: the language model.
+      tokens: int [B, T], prompts; shorter ones padded on the left.
+      new_tokens: how many to add.
+      padding: int [B], how many tokens on the left of each row are padding; None means none.
+
+    Returns: int32 [B, new_tokens].
+    Raises: ValueError where new_tokens is not positive.
+
+    The prefill is compiled once for a prompt length, the decode step once for a number of slots.
+
+    >>> def block(rngs):
+    ...     norms = [RMSNorm(8, rngs=rngs) for _ in range(2)]
+    ...     return Block(Attention(8, 2, rngs=rngs), GatedMLP(8, 16, rngs=rngs), *norms)
+    >>> generate(Transformer(32, 8, 1, block, rngs=nnx.Rngs(0)), jnp.array([[1, 2, 3]]), 4).shape
+    (1, 4)
+    """
+    if new_tokens < 1:
+        raise ValueError(f"new_tokens={new_tokens} must be at least 1")
+    B, T = tokens.shape
+    cache = model.init_cache(B, T + new_tokens, start=padding)
+    chosen = []
+    for _ in range(new_tokens):
+        tokens, cache = advance(model, tokens, cache)
+        chosen.append(tokens)
+    return jnp.concatenate(chosen, axis=1)
+
+
+@nnx.jit
+def advance(model: Transformer, tokens: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    """Take in tokens [B, T] and choose the next: (int32 [B, 1], next cache). Prefill and decode are both
+    this."""
+    hidden, cache = model.hidden(tokens, cache=cache)
+    return jnp.argmax(model.logits(hidden[:, -1:]), axis=-1).astype(jnp.int32), cache
 
 
 def _linear(equation: str, x: jax.Array, kernel, bias, dtype) -> jax.Array:
