@@ -80,6 +80,14 @@ def test_codes_of_one_mask_without_arrays_are_exact(mask, sizes, offset):
     np.testing.assert_array_equal(tile_codes(blocked, *sizes), brute_codes(blocked, *sizes))
 
 
+@pytest.mark.parametrize("sizes", [(12, 12, 4, 4), (12, 12, 3, 5)])
+def test_codes_of_an_array_are_exact(sizes):
+    rng = np.random.default_rng(0)
+    for density in (0.02, 0.5, 0.98):
+        mask = Dense(rng.random((2, 3, 12, 12)) < density)
+        np.testing.assert_array_equal(tile_codes(mask, *sizes), brute_codes(mask, *sizes))
+
+
 DIFFERENCES = st.one_of(
     st.builds(Full),
     st.builds(Causal, st.integers(-4, 6)),
@@ -232,6 +240,15 @@ def test_traced_segments_and_lengths_skip_what_they_can():
     )
     exact = brute_codes(SegmentIds(np.asarray(ids)) & Lengths(key=40), 64, 64, 8, 8)
     np.testing.assert_array_equal(codes, exact)
+
+
+@pytest.mark.parametrize("offset", [-9, -3, 3, 4, 9])
+def test_tiles_beyond_an_array_are_never_full(offset):
+    for mask in (SegmentIds(np.zeros(8, int)), Dense(np.ones((8, 8), bool))):
+        shifted = mask.shift(offset)
+        exact = brute_codes(shifted, 8, 8, 4, 4)
+        assert ((exact == FULL) | (tile_codes(shifted, 8, 8, 4, 4) != FULL)).all()
+        assert_never_wrong(shifted, jax.jit(lambda mask: tile_codes(mask, 8, 8, 4, 4))(shifted), (8, 8, 4, 4))
 
 
 def test_a_mask_that_defines_no_tiles_has_them_all_visited_and_masked():
