@@ -184,7 +184,7 @@ def figure(data: dict, path: Path) -> Path:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    drawn, axes = plt.subplots(1, 2, figsize=(11, 5), sharey=True, layout="constrained")
+    drawn, axes = plt.subplots(1, 2, figsize=(11, 5.4), sharey=True, layout="constrained")
     rows = [row for row in data["rows"] if "reason" not in row]
     lengths = sorted({row["keys"] for row in rows})
     for ax, what in zip(axes, ("requested", "dram"), strict=True):
@@ -213,13 +213,11 @@ def figure(data: dict, path: Path) -> Path:
     axes[0].set_yticks(list(shown), list(shown.values()))
     axes[0].set_title("asked of the memory system by all kernels\n(counted from the compiled program)", fontsize=10)
     cache = _bytes(data["cache_bytes"])
-    axes[1].set_title(
-        f"crossing DRAM, from a cold cache\n(modelled with a cache of {cache}; not measured)", fontsize=10
-    )
+    axes[1].set_title(f"crossing DRAM, from a cold cache\n(modelled, with a cache of {cache})", fontsize=10)
     _annotate(axes[1], rows, lengths)
     title = heading(data).replace(": ", "\n", 1)
     if data["is_cpu"]:
-        title += f"\n{CPU_SAYS_LITTLE} For a GPU's: python -m jaxattn.profiler wheels, then --target h200"
+        title += f"\n{CPU_SAYS_LITTLE}\nFor a GPU's: python -m jaxattn.profiler wheels, then python -m bench traffic"
     drawn.suptitle(title, fontsize=11)
     drawn.legend(loc="outside lower center", ncols=4, frameon=False)
     drawn.savefig(path, dpi=150)

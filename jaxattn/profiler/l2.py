@@ -33,31 +33,25 @@ class Cache:
 
     def __init__(self, capacity: int, chunk: int):
         self.capacity, self.chunk = capacity, chunk
-        self.lines: OrderedDict[tuple[int, int], list[int]] = OrderedDict()  # [first, last, dirty first, dirty last]
+        # (allocation, chunk) -> the ranges that are here, and those of them that are not yet written back
+        self.lines: OrderedDict[tuple[int, int], tuple[list, list]] = OrderedDict()
         self.used = self.read = self.written = 0
 
     def touch(self, allocation: int, start: int, stop: int, is_write: bool) -> None:
         """One piece of a chunk is read or written."""
         key = (allocation, start // self.chunk)
-        line = self.lines.pop(key, None)
-        if line is None:
-            line = [start, stop, 0, 0]
-            self.used += stop - start
-            missing = stop - start
-        else:
-            missing = stop - start - max(0, min(stop, line[1]) - max(start, line[0]))
-            self.used -= line[1] - line[0]
-            line[0], line[1] = min(start, line[0]), max(stop, line[1])
-            self.used += line[1] - line[0]
+        line = self.lines.pop(key, None) or ([], [])
+        missing = _cover(line[0], start, stop)
+        self.used += missing
         if is_write:
-            line[2], line[3] = (min(start, line[2]), max(stop, line[3])) if line[3] > line[2] else (start, stop)
+            _cover(line[1], start, stop)
         else:
             self.read += missing
         self.lines[key] = line
         while self.used > self.capacity and len(self.lines) > 1:
-            _, (first, last, dirty_first, dirty_last) = self.lines.popitem(last=False)
-            self.used -= last - first
-            self.written += dirty_last - dirty_first
+            _, (here, dirty) = self.lines.popitem(last=False)
+            self.used -= sum(last - first for first, last in here)
+            self.written += sum(last - first for first, last in dirty)
 
     def stream(self, accesses: list[tuple[int, int, int, bool]]) -> None:
         """A kernel reads and writes ranges side by side: (allocation, start, stop, is a write)."""
@@ -85,7 +79,21 @@ class Cache:
     @property
     def dirty(self) -> int:
         """Bytes that are still to be written back."""
-        return sum(line[3] - line[2] for line in self.lines.values())
+        return sum(last - first for _, dirty in self.lines.values() for first, last in dirty)
+
+
+def _cover(ranges: list[tuple[int, int]], start: int, stop: int) -> int:
+    """Adds a range to disjoint ranges; returns how many bytes are new."""
+    new = stop - start
+    low, high, apart = start, stop, []
+    for first, last in ranges:
+        if last < start or first > stop:
+            apart.append((first, last))
+        else:
+            new -= min(last, stop) - max(first, start)
+            low, high = min(low, first), max(high, last)
+    ranges[:] = [*apart, (low, high)]
+    return new
 
 
 @dataclasses.dataclass(frozen=True)
