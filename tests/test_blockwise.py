@@ -1,0 +1,228 @@
+"""Blockwise attention: what its compiled modules hold, what it visits, its gradients, and how it shards."""
+
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from tolerance import assert_close
+
+from jaxattn import Blockwise, Causal, Dense, Full, Lengths, SegmentIds, Window, dot_product_attention, merge, tiles
+from jaxattn.impl import blockwise
+
+
+def random(shape, seed, dtype="float32"):
+    return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def operands(B=2, T=11, S=13, N=4, K=2, H=8, Hv=None, dtype="float32"):
+    return tuple(random(x, i, dtype) for i, x in enumerate([(B, T, N, H), (B, S, K, H), (B, S, K, Hv or H)]))
+
+
+def forward_and_gradients(implementation, mask, *arrays, **options):
+    """Output, log-sum-exp (0 for -inf), and the gradients of a function of both."""
+
+    def f(q, k, v, bias=None):
+        out, lse = dot_product_attention(
+            q, k, v, bias, mask, implementation=implementation, return_residual=True, **options
+        )
+        return out, jnp.where(lse == -jnp.inf, 0, lse)
+
+    @jax.jit
+    def run(*arrays):
+        results, pullback = jax.vjp(f, *arrays)
+        cotangents = [jnp.cos(jnp.arange(x.size, dtype=jnp.float32)).reshape(x.shape).astype(x.dtype) for x in results]
+        return results, pullback(tuple(cotangents))
+
+    return run(*arrays)
+
+
+def compiled(T, gradient=False, bias=False):
+    q, k = (jax.ShapeDtypeStruct((1, T, n, 64), "float32") for n in (32, 8))
+    bias = (jax.ShapeDtypeStruct((1, 1, 1, T), "float32"),) if bias else ()
+
+    def f(q, k, v, *bias):
+        return dot_product_attention(q, k, v, *bias, is_causal=True, implementation="blockwise")
+
+    def g(q, k, v, *bias):
+        out, pullback = jax.vjp(f, q, k, v, *bias)
+        return pullback(out)
+
+    return jax.jit(g if gradient else f).lower(q, k, k, *bias).compile(), 4 * T * 64 * (2 * 32 + 2 * 8)
+
+
+def largest_buffer(module: str) -> int:
+    """Elements of the largest array that the module's text names."""
+    shapes = re.findall(r"\b(?:f|bf|s|u|pred)\d*\[([\d,]+)\]", module)
+    return max(int(np.prod([int(n) for n in shape.split(",")])) for shape in shapes)
+
+
+@pytest.mark.parametrize("gradient", [False, True], ids=["forward", "forward and backward"])
+def test_the_scores_never_exist_at_16384_tokens(gradient):
+    T = 16384
+    program, bytes_io = compiled(T, gradient)
+    assert largest_buffer(program.as_text()) <= T * 32 * 64 < T * T
+    assert program.memory_analysis().temp_size_in_bytes <= 2 * bytes_io + 32 * 1024 * 1024
+
+
+def test_temporaries_of_forward_and_backward_grow_linearly():
+    sizes = [compiled(T, gradient=True, bias=True)[0].memory_analysis().temp_size_in_bytes for T in (2048, 4096, 8192)]
+    assert sizes[2] - sizes[1] <= 2.02 * (sizes[1] - sizes[0])
+
+
+MASKS = {
+    "full": Full(),
+    "causal": Causal(),
+    "causal with an offset": Causal(2),
+    "window": Window(3, 1),
+    "nothing for some queries": Causal(-4),
+    "segments": SegmentIds(np.arange(11) // 4, np.arange(13) // 5),
+    "lengths": Lengths(np.array([11, 6]), np.array([0, 9])),
+    "offsets per batch element": Causal(np.array([-2, 5])),
+    "dense per head": Dense(np.random.default_rng(0).random((2, 4, 11, 13)) < 0.3),
+}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+def test_equals_naive_with_gradients_where_blocks_do_not_divide(mask):
+    arrays = (*operands(Hv=5), random((4, 11, 1), 7))
+    tiled = forward_and_gradients(Blockwise(block_q=4, block_k=8), MASKS[mask], *arrays, logits_soft_cap=3.0)
+    dense = forward_and_gradients("naive", MASKS[mask], *arrays, logits_soft_cap=3.0)
+    assert_close(tiled, dense, "gradient")
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 17), (17, 1), (16, 16), (5, 64)], ids=str)
+def test_any_block_size_fits_any_length(shape):
+    T, S = shape
+    arrays = operands(T=T, S=S, B=1)
+    for blocks in ((1, 1), (64, 64), (16, 4)):
+        tiled = forward_and_gradients(Blockwise(*blocks), Causal(S - T), *arrays)
+        assert_close(tiled, forward_and_gradients("naive", Causal(S - T), *arrays), "gradient")
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 11, 13), (1, 1, 1, 13), (2, 1, 11, 1), (4, 1, 13), (11, 13)], ids=str)
+def test_bias_gradient_has_the_shape_of_the_bias(shape):
+    arrays = (*operands(), random(shape, 9))
+    tiled = forward_and_gradients(Blockwise(block_q=4, block_k=4), Causal(3), *arrays)
+    assert tiled[1][3].shape == shape
+    assert_close(tiled, forward_and_gradients("naive", Causal(3), *arrays), "gradient")
+
+
+@pytest.mark.parametrize("mask", [Full(), Causal(), Window(5, 0), SegmentIds(np.arange(32) // 9)], ids=str)
+def test_visits_the_tiles_of_the_plan_and_no_others(mask, monkeypatch):
+    visited = []
+    original = blockwise.online_softmax.update
+
+    def recording(state, logits, *rest):
+        jax.debug.callback(lambda: visited.append(1))
+        return original(state, logits, *rest)
+
+    monkeypatch.setattr(blockwise.online_softmax, "update", recording)
+    dot_product_attention(*operands(B=1, T=32, S=32), mask=mask, implementation=Blockwise(8, 8))
+    jax.effects_barrier()
+    codes = np.asarray(tiles.tile_codes(mask, 32, 32, 8, 8))
+    assert len(visited) == 2 * int((codes != 0).sum())  # for each of K = 2 groups
+    assert len(visited) < 2 * 16 or mask == Full()
+    jax.clear_caches()  # what was compiled holds the recording
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_same_inputs_give_the_same_bits_forward_and_backward(dtype):
+    arrays = (*operands(T=40, S=40, dtype=dtype), random((40, 40), 3, dtype))
+    first, second = (forward_and_gradients(Blockwise(16, 16), Causal(), *arrays) for _ in range(2))
+    assert_close(first, second, "same")
+
+
+@pytest.mark.parametrize("splits", [(4,), (1, 6, 12)], ids=str)
+def test_merging_any_split_of_the_keys_is_the_whole_with_gradients(splits):
+    q, k, v = operands()
+    edges = [0, *splits, 13]
+    mask = Dense(np.random.default_rng(1).random((11, 13)) < 0.4)
+
+    def whole(q, k, v):
+        return dot_product_attention(q, k, v, mask=mask, implementation=Blockwise(4, 4), return_residual=True)
+
+    def parts(q, k, v):
+        results = [
+            dot_product_attention(
+                q, k[:, a:b], v[:, a:b], mask=mask.array[:, a:b], implementation=Blockwise(4, 4), return_residual=True
+            )
+            for a, b in itertools.pairwise(edges)
+        ]
+        out, lse = results[0]
+        for result in results[1:]:
+            out, lse = merge(out, lse, *result)
+        return out, lse
+
+    def run(f):
+        (out, lse), pullback = jax.vjp(f, q, k, v)
+        return out, lse, pullback((out, jnp.where(lse == -jnp.inf, 0, 1.0)))
+
+    assert_close(jax.jit(lambda: run(parts))(), jax.jit(lambda: run(whole))(), "gradient")
+
+
+def test_tuning_must_be_positive():
+    with pytest.raises(ValueError, match="Blockwise block_q=0 must be a positive int or None"):
+        Blockwise(block_q=0)
+
+
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("mask", ["causal", "segments", "dense", "bias"])
+def test_batch_and_heads_sharded_over_eight_devices_need_no_collective(mask, axis_type):
+    if axis_type is AxisType.Explicit and mask != "causal":
+        pytest.skip("masks with arrays on explicit axes need shardings that the user spells")
+    B, T, N, K = 4, 20, 8, 4
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(axis_type,) * 2)
+    q, k, v = operands(B=B, T=T, S=T, N=N, K=K)
+    ids = jnp.arange(B * T).reshape(B, T) // 13
+    extra, split = {
+        "causal": ((), ()),
+        "segments": ((ids,), (P("data"),)),
+        "dense": ((random((B, N, T, T), 4) > 0,), (P("data", "model"),)),
+        "bias": ((random((B, N, T, T), 5),), (P("data", "model"),)),
+    }[mask]
+
+    def f(q, k, v, *extra):
+        bias, what = None, Causal()
+        if mask == "segments":
+            what &= SegmentIds(*extra)
+        elif mask == "dense":
+            what &= Dense(*extra)
+        elif mask == "bias":
+            (bias,) = extra
+        return dot_product_attention(q, k, v, bias, what, implementation=Blockwise(8, 8))
+
+    def run(q, k, v, *extra):
+        out, pullback = jax.vjp(f, q, k, v, *extra)
+        return out, [x for x in pullback(out) if x.dtype == out.dtype]
+
+    expected = jax.jit(run)(q, k, v, *extra)
+    heads = P("data", None, "model")
+    with jax.set_mesh(mesh):
+        sharded = [
+            jax.device_put(x, NamedSharding(mesh, spec))
+            for x, spec in zip((q, k, v, *extra), (heads, heads, heads, *split), strict=True)
+        ]
+        program = jax.jit(run).lower(*sharded).compile()
+        module = program.as_text()
+        result = program(*sharded)
+    names = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+    assert not [name for name in names if f"{name}(" in module or f"{name}-start(" in module]
+    assert result[0].sharding.spec[0] == "data"
+    assert_close(jax.device_get(result), jax.device_get(expected))
+
+
+def test_one_bias_for_all_batch_elements_adds_its_gradient_up_over_devices():
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    arrays = (*operands(B=4, T=12, S=12, N=8, K=4), random((12, 12), 6))
+    expected = forward_and_gradients(Blockwise(8, 8), Causal(), *arrays)
+    heads = NamedSharding(mesh, P("data", None, "model"))
+    sharded = [jax.device_put(x, heads) for x in arrays[:3]]
+    result = forward_and_gradients(
+        Blockwise(8, 8), Causal(), *sharded, jax.device_put(arrays[3], NamedSharding(mesh, P()))
+    )
+    assert_close(jax.device_get(result), jax.device_get(expected), "gradient")
