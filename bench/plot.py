@@ -49,8 +49,8 @@ STYLES = {
 OTHER = Style("#404040", "+", "-")  # a user's own function
 ORDER = {name: index for index, name in enumerate(STYLES)}
 
-# Rows that hold every score, and rows that hold a tile of them: what "standard" and "flash" mean in a title.
-FASTER = 2.0
+KINDS = ("time", "tflops", "memory", "error", "bytes", "roofline")  # of figures, one group of rows each
+FASTER = 2.0  # flash (a tile of scores at a time) is to be more than so many times as fast as standard
 
 
 def style(implementation: str) -> Style:
@@ -118,6 +118,10 @@ def draw(data: dict, folder: Path) -> list[Path]:
             paths.append(bytes_figure(data, key, rows, folder / f"{stem}-bytes.png"))
         if any(counted(row) and row["traffic"]["bytes_per_s"] and row["times_s"] for row in rows):
             paths.append(roofline_figure(data, key, rows, folder / f"{stem}-roofline.png"))
+    for case in {key[0]: None for key in many}:
+        alike = {key: rows for key, rows in many.items() if key[0] == case and any(row["times_s"] for row in rows)}
+        if len({key[1] for key in alike}) > 1:
+            paths.append(masks_figure(data, alike, folder / f"{case}-masks.png"))
     return paths
 
 
@@ -335,6 +339,34 @@ def error_figure(data: dict, key: tuple, rows: list[dict], path: Path) -> Path:
     ax.set_ylabel("RMSE against float64 / allowed RMSE")
     ax.grid(True, which="major", color="#dddddd", linewidth=0.6)
     figure.suptitle(f"length {length}: {caption(key, rows)}\n{where(data)}", fontsize=10)
+    return save(figure, path)
+
+
+def masks_figure(data: dict, alike: dict[tuple, list[dict]], path: Path) -> Path:
+    """Milliseconds against length, one panel for each mask of a case, on one scale."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        1, len(alike), figsize=(1.8 + 3.8 * len(alike), 4.6), sharey=True, squeeze=False, layout="constrained"
+    )
+    shown = set()
+    for ax, (key, rows) in zip(axes[0], alike.items(), strict=True):
+        ax.set_yscale("log")
+        lines(ax, rows, lambda row: results.summary(row).time_ms)
+        for line in ax.get_lines():  # one entry in the legend for each look
+            if line.get_label() in shown:
+                line.set_label("_")
+            shown.add(line.get_label())
+        lengths = sorted({row["keys"] for row in rows})
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(lengths, [f"{length}" for length in lengths])
+        ax.minorticks_off()
+        ax.set_xlabel("sequence length")
+        ax.set_title(", ".join([key[1], *(part for part in key[2:] if part != "forward")]), fontsize=9)
+        ax.grid(True, which="major", color="#dddddd", linewidth=0.6)
+    axes[0][0].set_ylabel("time of one call (ms, median)")
+    first = next(iter(alike.values()))[0]
+    figure.suptitle(f"{first['case']}: {first['heads']} heads of {first['head_dim']}\n{where(data)}", fontsize=10)
     return save(figure, path)
 
 

@@ -69,7 +69,7 @@ def blocks(data: dict, pictures: list[Path]) -> list:
         parts.append(Paragraph(f"Case `{key[0]}`."))
         parts.append(Paragraph(findings(rows)))
         stem = plot.name_of(key, many)
-        for path in [path for path in left if path.stem.startswith(stem + "-")]:
+        for path in [path for path in left if path.stem in [f"{stem}-{kind}" for kind in plot.KINDS]]:
             parts.append(Picture(path, f"{path.stem.removeprefix(stem + '-')}: {plot.caption(key, rows)}"))
             left.remove(path)
         measured = tuple(cells(row) for row in rows if row["times_s"])
@@ -122,7 +122,7 @@ def cells(row: dict) -> tuple[str, ...]:
         number(row.get("compile_s")),
         number(row.get("temporaries_bytes"), MIB),
         number(row.get("peak_bytes"), MIB),
-        "" if row["tiled"] else number(row.get("predicted_bytes"), MIB),
+        "" if row["tiled"] or row["direction"] != "forward" else number(row.get("predicted_bytes"), MIB),
         f"{error['rmse']:.2e}" if error else "unchecked",
         f"{error['bound']:.2e}" if error else "",
     )
@@ -204,7 +204,8 @@ def speedup(rows: list[dict]) -> str | None:
             text += "; on GPUs 2 to 4x is expected"
         peaks = [min((row.get("peak_bytes") or 0 for row in part), default=0) for part in (tiled, standard)]
         if all(peaks):
-            text += f"; least peak memory {peaks[1] / peaks[0]:.1f}x smaller"
+            least, most = (number(peak, MIB) for peak in peaks)
+            text += f"; least peak memory {least} MiB against {most} MiB, {peaks[1] / peaks[0]:.1f}x"
             if fast["case"] == "speedup":
                 text += " (5 to 20x is expected)"
         return text + "."

@@ -212,7 +212,7 @@ def describe(row: dict) -> str:
     if short.time_ms is not None:
         error = row["error"]
         accuracy = f"rmse {error['rmse']:.1e} (allowed {error['bound']:.1e})" if error else "unchecked"
-        outcome = f"{short.time_ms:>10.2f} ms {short.tflops:>7.3f} TFLOP/s  {accuracy}"
+        outcome = f"{short.time_ms:>10.2f} ms {short.tflops:>8.3g} TFLOP/s  {accuracy}"
     else:
         outcome = f"{row['status']}: {row['reason']}"
     return f"{row['case']:<14}{row['keys']:>7}  {row['label']:<22}{outcome}"
