@@ -172,6 +172,7 @@ def bigbird(length: int, block: int, window: int = 3, global_blocks: int = 2, ra
     """
     if window % 2 == 0:
         raise ValueError(f"bigbird window={window} must be odd: the query's own block is in its middle")
+    _at_least_one("bigbird block", block)
     half = window // 2
     num_blocks = -(-length // block)
     return (

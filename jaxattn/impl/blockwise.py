@@ -144,6 +144,7 @@ def _backward(config, query, key, value, bias, mask, visits, out, lse, d_out, d_
     """
     group = _Groups(config, query, key, value, bias, mask)
     dtype = group.dtype
+    d_lse = jnp.where(lse == -jnp.inf, 0, d_lse)  # there lse is a constant; its cotangent may well be NaN
     delta = (d_out.astype(dtype) * out.astype(dtype)).sum(-1) - d_lse.astype(dtype)
     # Rows that attend nothing, padded rows among them, get p = exp(logits - inf) = 0.
     lse = group.group_rows(jnp.where(lse == -jnp.inf, jnp.inf, lse), fill=jnp.inf)
