@@ -61,7 +61,8 @@ class Triton(Implementation):
     """Attention as Pallas kernels through Triton, for NVIDIA GPUs of compute capability 8.0 and later.
 
     Args:
-      block_q, block_k, num_warps, num_stages: the forward kernel's `Tiling`; None takes `default_tiling`'s.
+      block_q, block_k, num_warps, num_stages: the forward kernel's `Tiling`; None takes `default_tilings`'.
+      dq, dkv: tilings of the backward kernels, for dq, and for dk and dv; None takes `default_tilings`'.
       splits: into how many parts, a power of two, the keys of a row are split, to be merged afterwards; None splits
         where a few rows read many keys (decoding).
       precision: of float32 matrix products; None is full float32.
@@ -73,6 +74,8 @@ class Triton(Implementation):
     block_k: int | None = None
     num_warps: int | None = None
     num_stages: int | None = None
+    dq: Tiling | None = None
+    dkv: Tiling | None = None
     splits: int | None = None
     precision: lax.PrecisionLike = None
     interpret: bool = False
@@ -101,21 +104,34 @@ class Triton(Implementation):
     @functools.partial(jax.jit, static_argnums=0)
     def attend(self, problem: Problem) -> tuple[jax.Array, jax.Array]:
         key = problem.key
-        tiling = self._override(default_tiling(key.shape[-1], key.dtype))
-        config = _Config(tiling, self.splits, problem.scale, problem.soft_cap, self.precision, self.interpret)
+        forward, dq, dkv = default_tilings(max(key.shape[-1], problem.value.shape[-1]), key.dtype)
+        config = _Config(
+            forward=self._override(forward),
+            dq=self.dq or dq,
+            dkv=self.dkv or dkv,
+            splits=self.splits,
+            scale=problem.scale,
+            soft_cap=problem.soft_cap,
+            precision=self.precision,
+            interpret=self.interpret,
+        )
         query = problem.query.astype(key.dtype)  # float32 where a traced scale was multiplied in
-        return _forward(config, query, key, problem.value, problem.bias, problem.mask)
+        return _attention(config, query, key, problem.value, problem.bias, problem.mask)
 
     def _override(self, tiling: Tiling) -> Tiling:
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(Tiling)}
         return dataclasses.replace(tiling, **{name: value for name, value in given.items() if value is not None})
 
 
-def default_tiling(head_dim: int, dtype) -> Tiling:
-    """A tiling that compiles without spilling."""
+def default_tilings(head_dim: int, dtype) -> tuple[Tiling, Tiling, Tiling]:
+    """Tilings of the forward kernel, of dq, and of dk and dv, that compile without spilling."""
     if jnp.dtype(dtype).itemsize == 4:
-        return Tiling(64, 32, 4, 2)
-    return Tiling(128, 64, 8, 3) if head_dim <= 128 else Tiling(64, 32, 4, 2)
+        return (Tiling(64, 32, 4, 2),) * 3
+    if head_dim <= 64:
+        return Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 2)
+    if head_dim <= 128:
+        return Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 2), Tiling(64, 64, 8, 2)
+    return Tiling(64, 32, 4, 2), Tiling(64, 32, 4, 2), Tiling(32, 32, 4, 2)
 
 
 def _backend():
@@ -142,12 +158,31 @@ def _device_refusal() -> str | None:
 class _Config:
     """What is static in one call."""
 
-    tiling: Tiling
+    forward: Tiling
+    dq: Tiling
+    dkv: Tiling
     splits: int | None
     scale: float
     soft_cap: float | None
     precision: lax.PrecisionLike
     interpret: bool
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(config: _Config, query, key, value, bias, mask):
+    return _forward(config, query, key, value, bias, mask)
+
+
+def _attention_fwd(config, query, key, value, bias, mask):
+    out, lse = _forward(config, query, key, value, bias, mask)
+    return (out, lse), (query, key, value, bias, mask, out, lse)
+
+
+def _attention_bwd(config, residuals, cotangents):
+    return (*_backward(config, *residuals, *cotangents), None)  # a mask has no gradient
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 class _Columns(NamedTuple):
@@ -172,10 +207,10 @@ def _columns(visits: tiles.Visits) -> _Columns | None:
 
 @dataclasses.dataclass(frozen=True)
 class _Tile:
-    """The arithmetic of one tile, inside a kernel: what is where, how it is read, which logits it has.
+    """One tile of logits, inside a kernel: what is where, and the arithmetic that all kernels share.
 
     Rows of queries are (token, head) pairs: `heads` query heads of one group share a tile, so that a loaded key tile
-    serves them all. Queries run down the tile and keys across.
+    serves them all. Index vectors are broadcast by the kernel, queries down and keys across or the other way around.
     """
 
     config: _Config
@@ -190,10 +225,6 @@ class _Tile:
         return self.tiling.block_q // self.heads
 
     @property
-    def blocks(self) -> tuple[int, int]:
-        return pl.cdiv(self.sizes[1], self.tokens), pl.cdiv(self.sizes[2], self.tiling.block_k)
-
-    @property
     def groups(self) -> int:
         return self.sizes[3] // self.heads
 
@@ -206,12 +237,16 @@ class _Tile:
     def _plain(self) -> bool:
         return not self.has_bias and self.config.soft_cap is None and self.config.scale > 0
 
+    def key_head(self, group):
+        return _divmod(group, self.sizes[5] // self.heads)[0]
+
     def rows(self, i, group):
-        """t [rows, 1], n (the same, or a number) and which rows there are (None for all), of block i."""
-        r = jnp.arange(self.tiling.block_q, dtype=jnp.int32)[:, None]
+        """t, n and which rows there are, all [block_q], of block i; n may be a number, and None is all rows."""
+        r = jnp.arange(self.tiling.block_q, dtype=jnp.int32)
         t, n, keep = i * self.tokens + r, group, None
         if self.heads > 1:
-            t, n = i * self.tokens + r // self.heads, group * self.heads + r % self.heads
+            token, head = _divmod(r, self.heads)
+            t, n = i * self.tokens + token, group * self.heads + head
         if self.sizes[1] % self.tokens:
             keep = t < self.sizes[1]
         if self.tokens * self.heads < self.tiling.block_q:
@@ -219,40 +254,43 @@ class _Tile:
         return t, n, keep
 
     def keys(self, j):
-        """s [block_k] of key block j."""
-        block_k = self.tiling.block_k
-        return j * block_k + jnp.arange(block_k, dtype=jnp.int32)
+        """s and which keys there are, [block_k], of block j; None is all."""
+        s = j * self.tiling.block_k + jnp.arange(self.tiling.block_k, dtype=jnp.int32)
+        return s, s < self.sizes[2] if self.sizes[2] % self.tiling.block_k else None
 
-    def allowed(self, mask: Mask, b, t, n, keep, s):
-        """Which logits count, bool [rows, block_k]; which keys there are, and which are read, bool [block_k, 1]."""
-        inside = s < self.sizes[2] if self.sizes[2] % self.tiling.block_k else None
-        allowed = mask.allows(t, s[None, :], functools.partial(_take, b, n))
-        allowed = jnp.broadcast_to(allowed, (t.shape[0], s.shape[0]))
-        allowed = allowed if inside is None else allowed & inside[None, :]
-        there = None if inside is None else inside[:, None]
-        if not self.clears:
-            return allowed, there, there
-        allowed = allowed if keep is None else allowed & keep
-        return allowed, there, (allowed.astype(jnp.int32).max(0) > 0)[:, None]
+    def allowed(self, mask: Mask, b, n, t, s, row_there, key_there):
+        """Which logits of the tile count."""
+        allowed = mask.allows(t, s, functools.partial(_take, b, n))
+        allowed = jnp.broadcast_to(allowed, np.broadcast_shapes(t.shape, s.shape))
+        allowed = _and(allowed, key_there)
+        return _and(allowed, row_there) if self.clears else allowed
 
-    def logits(self, q, k, bias_ref, b, t, n, s):
-        """x [rows, block_k], of which the logits are `factor` x ln 2."""
-        x, cap, scale = _dot(q, k.T, self.config.precision), self.config.soft_cap, self.config.scale
+    def logits(self, product, bias_ref, b, n, t, s):
+        """x from the product q k, where the logits are `factor` x ln 2, and the soft cap's derivative (None for 1)."""
+        cap, scale = self.config.soft_cap, self.config.scale
         if self._plain:
-            return x
-        x = x * scale if cap is None else cap * jnp.tanh(x * (scale / cap))
-        return x if bias_ref is None else x + _take(b, n, bias_ref, t=t, s=s[None, :]).astype(jnp.float32)
+            return product, None
+        x, slope = product * scale, None
+        if cap is not None:
+            ratio = jnp.tanh(x / cap)
+            x, slope = cap * ratio, 1 - ratio * ratio
+        return x if bias_ref is None else x + _take(b, n, bias_ref, t=t, s=s).astype(jnp.float32), slope
+
+
+def _divmod(x, y: int):
+    """x // y and x % y of what is not negative, without the sign's arithmetic."""
+    return (x, np.int32(0)) if y == 1 else (lax.div(x, np.int32(y)), lax.rem(x, np.int32(y)))
 
 
 def _and(a, b):
     return b if a is None else a if b is None else a & b
 
 
-def _load(ref, index, keep=None):
+def _load(ref, index, keep=None, other=0):
     if keep is None:
         return _backend().load(ref.at[index])
     shape = np.broadcast_shapes(*(jnp.shape(i) for i in index))
-    return _backend().load(ref.at[index], mask=jnp.broadcast_to(keep, shape), other=jnp.zeros((), ref.dtype))
+    return _backend().load(ref.at[index], mask=jnp.broadcast_to(keep, shape), other=jnp.asarray(other, ref.dtype))
 
 
 def _store(ref, index, value, keep=None):
@@ -278,52 +316,65 @@ def _take(b, n, ref, t=None, s=None):
     given = [x for x in (t, s) if x is not None]
     lead = len(ref.shape) - len(given)
     index, keep = [], None
-    for axis, x in enumerate([b, n][:lead] + given):
+    for axis, x in enumerate([*(b, n)[:lead], *given]):
         index.append(np.int32(0) if ref.shape[axis] == 1 else x)
         if axis >= lead and ref.shape[axis] > 1:
             keep = _and(keep, (x >= 0) & (x < ref.shape[axis]))
     return _load(ref, tuple(index), keep)
 
 
+def _down(x):
+    return x if x is None or not jnp.ndim(x) else x[:, None]
+
+
+def _across(x):
+    return x if x is None or not jnp.ndim(x) else x[None, :]
+
+
+def _any(allowed, axis: int):
+    return allowed.astype(jnp.int32).max(axis) > 0
+
+
 def _dot(a, b, precision):
     return jnp.dot(a, b, precision=dot_precision(a.dtype, precision), preferred_element_type=jnp.float32)
 
 
-def _walk(columns: _Columns, b, group, i, part, parts):
-    """The visits [first, stop) of one part of row i, and the column of a visit."""
+def _walk(columns: _Columns, b, group, i, part, parts, repeats=1):
+    """The visits [first, stop) of one part of row i, each `repeats` times, and the column of a visit."""
     b, group = [np.int32(0) if n == 1 else x for n, x in zip(columns.bounds.shape[:2], (b, group), strict=True)]
     ends = [(np.int32(run), np.int32(end)) for run in range(columns.bounds.shape[3]) for end in (0, 1)]
     ends = [_load(columns.bounds, (b, group, i, *end)) for end in ends]
     bounds = list(zip(ends[::2], ends[1::2], strict=True))
-    count = sum(stop - start for start, stop in bounds)
+    count = sum(stop - start for start, stop in bounds) * repeats
 
     def column(visit):
+        visit, _ = _divmod(visit, repeats)
         if columns.index is not None:
             return _load(columns.index, (b, group, i, visit))
         (start, stop), *second = bounds
         j = start + visit
         return jnp.where(j < stop, j, second[0][0] + j - stop) if second else j
 
-    return count * part // parts, count * (part + 1) // parts, column
+    return lax.div(count * part, parts), lax.div(count * (part + 1), parts), column
 
 
-def _place(tile: _Tile, heaviest_last: bool):
-    """Batch element, group of heads, block of queries and part of this program.
+def _place(groups: int, heaviest_last: bool):
+    """Batch element, group of heads, row of tiles and part of this program.
 
-    Programs start in this order: the heads whose keys stay in L2 together, for one block of queries after the other,
-    the longest rows first, so that the last programs to start are short; then the next such heads.
+    Programs start in this order: the heads whose other operands stay in L2 together, for one row of tiles after the
+    other, the longest rows first, so that the last programs to start are short; then the next such heads.
     """
     head = pl.program_id(2) * pl.num_programs(0) + pl.program_id(0)
     i = pl.program_id(1)
     i = pl.num_programs(1) - 1 - i if heaviest_last else i
-    return head // tile.groups, head % tile.groups, i, pl.program_id(3)
+    return *_divmod(head, groups), i, pl.program_id(3)
 
 
 def _forward_kernel(q_ref, k_ref, v_ref, bias_ref, mask, partial, full, out_ref, lse_ref, *, tile: _Tile, order):
-    b, group, i, part = _place(tile, order)
-    t, n, keep = tile.rows(i, group)
-    k_head, c = group * tile.heads // tile.sizes[5], tile.factor
-    q = _load_heads(q_ref, b, t, n, keep)
+    b, group, i, part = _place(tile.groups, order)
+    t, n, there = [_down(x) for x in tile.rows(i, group)]
+    k_head, c = tile.key_head(group), tile.factor
+    q = _load_heads(q_ref, b, t, n, there)
 
     def visit(columns, masked, state):
         if columns is None:
@@ -332,16 +383,16 @@ def _forward_kernel(q_ref, k_ref, v_ref, bias_ref, mask, partial, full, out_ref,
 
         def body(visited, state):
             m, l, o = state
-            s, there, read = tile.keys(column(visited)), None, None
+            s, inside = tile.keys(column(visited)) if masked else (tile.keys(column(visited))[0], None)
+            k = _load_heads(k_ref, b, _down(s), k_head, _down(inside))
+            x, _ = tile.logits(_dot(q, k.T, tile.config.precision), bias_ref, b, n, t, _across(s))
             if masked:
-                allowed, there, read = tile.allowed(mask, b, t, n, keep, s)
-            k = _load_heads(k_ref, b, s[:, None], k_head, there)
-            x = tile.logits(q, k, bias_ref, b, t, n, s)
-            x = jnp.where(allowed, x, -jnp.inf) if masked else x
+                allowed = tile.allowed(mask, b, n, t, _across(s), there, _across(inside))
+                x, inside = jnp.where(allowed, x, -jnp.inf), _any(allowed, 0) if tile.clears else inside
             m_next = jnp.maximum(m, x.max(1))
             shift = online_softmax.finite(m_next) * c
             alpha, p = jnp.exp2(m * c - shift), jnp.exp2(x * c - shift[:, None])
-            v = _load_heads(v_ref, b, s[:, None], k_head, read)
+            v = _load_heads(v_ref, b, _down(s), k_head, _down(inside))
             o = online_softmax.rescale(o, alpha) + _dot(p.astype(v.dtype), v, tile.config.precision)
             return m_next, l * alpha + p.sum(1), o
 
@@ -353,40 +404,211 @@ def _forward_kernel(q_ref, k_ref, v_ref, bias_ref, mask, partial, full, out_ref,
     m, l, o = visit(full, False, state)
     absent = l == 0
     total = jnp.where(absent, 1, l)
-    _store(out_ref, (part, b, t, n, h), o / total[:, None], _and(keep, inside))
+    _store(out_ref, (part, b, t, n, h), o / total[:, None], _and(there, inside))
     lse = jnp.where(absent, -jnp.inf, (m * c + jnp.log2(total)) / _LOG2_E)
-    _store(lse_ref, (part, b, t, n), lse[:, None], keep)
+    _store(lse_ref, (part, b, t, n), lse[:, None], there)
 
 
 def _forward(config: _Config, query, key, value, bias, mask):
-    B, T, N, H = query.shape
-    S, K, H_v = value.shape[1:]
-    sizes, G = (B, T, S, N, K, N // K), N // K
-    tiling = dataclasses.replace(
-        config.tiling,
-        block_q=min(config.tiling.block_q, _power(T * G)),
-        block_k=min(config.tiling.block_k, _power(S)),
-    )
-    heads = _packed_heads(T, G, tiling.block_q)
-    tile = _Tile(config, tiling, sizes, heads, bias is not None, False)
+    sizes = _sizes(query, key)
+    B, T, S, N, _, G = sizes
+    tiling = _fit(config.forward, T * G, S)
+    tile = _Tile(config, tiling, sizes, _packed_heads(T, G, tiling.block_q), bias is not None, False)
     plan = tiles.plan(mask, T, S, tile.tokens, tiling.block_k, tile.groups)
     tile = dataclasses.replace(tile, clears=not _reads_every_key(mask, plan, T, S))
     parts = config.splits or _default_splits(tile)
-    together = _heads_together(tile, (H + H_v) * key.dtype.itemsize)
     dtype = query.dtype if parts == 1 else jnp.float32
     out, lse = _call(
         functools.partial(_forward_kernel, tile=tile, order=_heaviest_last(plan)),
         config,
         tiling,
-        (together, tile.blocks[0], B * tile.groups // together, parts),
-        (((parts, B, T, N, H_v), dtype), ((parts, B, T, N), jnp.float32)),
-        (query, key, value, bias, _leaves_with_axes(mask), _columns(plan.partial), _columns(plan.full)),
+        _grid(B * tile.groups, plan.codes.shape[2], parts, _bytes_per_head(key, value) / (tile.groups / sizes[4])),
+        (((parts, *query.shape[:3], value.shape[3]), dtype), ((parts, *query.shape[:3]), jnp.float32)),
+        (query, key, value, bias, _with_axes(mask), _columns(plan.partial), _columns(plan.full)),
         "attention_forward",
     )
     while parts > 1:
         parts //= 2
         out, lse = online_softmax.merge(out[:parts], lse[:parts], out[parts:], lse[parts:])
     return out[0].astype(query.dtype), lse[0]
+
+
+def _dq_kernel(
+    q_ref, k_ref, v_ref, bias_ref, d_out_ref, lse_ref, delta_ref, mask, partial, full, dq_ref, *, tile: _Tile, order
+):
+    b, group, i, _ = _place(tile.groups, order)
+    t, n, there = [_down(x) for x in tile.rows(i, group)]
+    k_head = tile.key_head(group)
+    q, d_out = [_load_heads(ref, b, t, n, there) for ref in (q_ref, d_out_ref)]
+    lse, delta = _load(lse_ref, (b, t, n), there, jnp.inf), _load(delta_ref, (b, t, n), there)
+
+    def visit(columns, masked, dq):
+        if columns is None:
+            return dq
+        first, stop, column = _walk(columns, b, group, i, 0, np.int32(1))
+
+        def body(visited, dq):
+            s, inside = tile.keys(column(visited)) if masked else (tile.keys(column(visited))[0], None)
+            allowed = None
+            if masked:
+                allowed = tile.allowed(mask, b, n, t, _across(s), there, _across(inside))
+                inside = _any(allowed, 0) if tile.clears else inside
+            k, v = [_load_heads(ref, b, _down(s), k_head, _down(inside)) for ref in (k_ref, v_ref)]
+            product, dp = _dot(q, k.T, tile.config.precision), _dot(d_out, v.T, tile.config.precision)
+            _, ds = _weights(tile, product, dp, allowed, lse, delta, bias_ref, b, n, t, _across(s))
+            return dq + _dot(ds.astype(k.dtype), k, tile.config.precision)
+
+        return lax.fori_loop(first, stop, body, dq)
+
+    dq = visit(full, False, visit(partial, True, jnp.zeros(q.shape)))
+    h, inside = _head(q_ref.shape[-1])
+    _store(dq_ref, (b, t, n, h), dq * tile.config.scale, _and(there, inside))
+
+
+def _dkv_kernel(
+    q_ref, k_ref, v_ref, bias_ref, d_out_ref, lse_ref, delta_ref, mask, partial, full, dk_ref, dv_ref,
+    *, tile: _Tile, order,
+):  # fmt: skip
+    _, _, _, _, K, G = tile.sizes
+    b, k_head, j, part = _place(K, order)
+    s, inside = [_down(x) for x in tile.keys(j)]
+    k, v = [_load_heads(ref, b, s, k_head, inside) for ref in (k_ref, v_ref)]
+    repeats = G // tile.heads  # a group too large for one tile is visited piece by piece
+
+    def visit(columns, masked, state):
+        if columns is None:
+            return state
+        first, stop, column = _walk(columns, b, k_head, j, part, pl.num_programs(3), repeats)
+
+        def body(visited, state):
+            dk, dv = state
+            rows = tile.rows(column(visited), k_head * repeats + _divmod(visited, repeats)[1])
+            (t, n, there), (t_down, n_down, there_down) = [_across(x) for x in rows], [_down(x) for x in rows]
+            q, d_out = [_load_heads(ref, b, t_down, n_down, there_down) for ref in (q_ref, d_out_ref)]
+            lse, delta = _load(lse_ref, (b, t, n), there, jnp.inf), _load(delta_ref, (b, t, n), there)
+            allowed = tile.allowed(mask, b, n, t, s, there, inside) if masked else None
+            product, dp = _dot(k, q.T, tile.config.precision), _dot(v, d_out.T, tile.config.precision)
+            p, ds = _weights(tile, product, dp, allowed, lse, delta, bias_ref, b, n, t, s)
+            dv += _dot(p.astype(d_out.dtype), d_out, tile.config.precision)
+            return dk + _dot(ds.astype(q.dtype), q, tile.config.precision), dv
+
+        return lax.fori_loop(first, stop, body, state)
+
+    state = visit(partial, True, (jnp.zeros(k.shape), jnp.zeros(v.shape)))
+    for ref, value, scale in zip((dk_ref, dv_ref), visit(full, False, state), (tile.config.scale, 1), strict=True):
+        h, real = _head(ref.shape[-1])
+        _store(ref, (part, b, s, k_head, h), value * scale, _and(inside, real))
+
+
+def _d_bias_kernel(
+    q_ref, k_ref, v_ref, bias_ref, d_out_ref, lse_ref, delta_ref, mask, codes, d_bias_ref, *, tile: _Tile
+):
+    """One tile of the bias' gradient, summed over the batch elements, heads and tiles that it was broadcast to."""
+    B, _, _, N, _, _ = tile.sizes
+    blocks = [n if size == 1 else 1 for n, size in zip((B, N, *codes.shape[2:]), d_bias_ref.shape, strict=True)]
+    place = (*_divmod(pl.program_id(2), d_bias_ref.shape[1]), pl.program_id(1), pl.program_id(0))
+
+    def body(visited, total):
+        index = []
+        for start, count in zip(place[::-1], blocks[::-1], strict=True):
+            visited, rest = _divmod(visited, count)
+            index.append(start + rest)
+        j, i, n, b = index
+
+        def add(total):
+            t, _, there = [_down(x) for x in tile.rows(i, n)]
+            s, inside = tile.keys(j)
+            allowed = tile.allowed(mask, b, n, t, _across(s), there, _across(inside))
+            read = _down(_any(allowed, 0) if tile.clears else inside)
+            q, d_out = [_load_heads(ref, b, t, n, there) for ref in (q_ref, d_out_ref)]
+            k, v = [_load_heads(ref, b, _down(s), tile.key_head(n), read) for ref in (k_ref, v_ref)]
+            lse, delta = _load(lse_ref, (b, t, n), there, jnp.inf), _load(delta_ref, (b, t, n), there)
+            product, dp = _dot(q, k.T, tile.config.precision), _dot(d_out, v.T, tile.config.precision)
+            p, ds = _weights(tile, product, dp, allowed, lse, delta, bias_ref, b, n, t, _across(s), through_cap=False)
+            return total + ds
+
+        code = [np.int32(0) if size == 1 else x for size, x in zip(codes.shape, (b, n, i, j), strict=True)]
+        return lax.cond(_load(codes, tuple(code)) != 0, add, lambda total: total, total)
+
+    total = jnp.zeros((tile.tiling.block_q, tile.tiling.block_k))
+    total = lax.fori_loop(0, math.prod(blocks), body, total)
+    t, _, there = [_down(x) for x in tile.rows(place[2], 0)]
+    s, inside = [_across(x) for x in tile.keys(place[3])]
+    if d_bias_ref.shape[2] == 1:
+        total, t, there = total.sum(0, keepdims=True), jnp.zeros((1, 1), jnp.int32), None
+    if d_bias_ref.shape[3] == 1:
+        total, s, inside = total.sum(1, keepdims=True), jnp.zeros((1, 1), jnp.int32), None
+    _store(d_bias_ref, (*place[:2], t, s), total, _and(there, inside))
+
+
+def _weights(tile: _Tile, product, dp, allowed, lse, delta, bias_ref, b, n, t, s, through_cap=True):
+    """p = exp(logits - lse) and ds = p (dp - delta), the gradient of q k before scaling, or of the bias.
+
+    Source: Dao, FlashAttention-2 (2023), algorithm 2; `lse` is in base 2, +inf for rows that attend nothing.
+    """
+    x, slope = tile.logits(product, bias_ref, b, n, t, s)
+    x = x if allowed is None else jnp.where(allowed, x, -jnp.inf)
+    p = jnp.exp2(x * tile.factor - lse)
+    ds = p * (dp - delta)
+    ds = ds if slope is None or not through_cap else ds * slope
+    return p, jnp.where(allowed, ds, 0) if allowed is not None and tile.clears else ds
+
+
+def _backward(config: _Config, query, key, value, bias, mask, out, lse, d_out, d_lse):
+    """dq, dk, dv and the bias' gradient, each tile summed by one program in a fixed order: the same bits every time."""
+    sizes = _sizes(query, key)
+    B, T, S, N, K, G = sizes
+    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - d_lse
+    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * _LOG2_E)  # absent rows get p = exp2(x - inf) = 0
+    operands = (query, key, value, bias, d_out.astype(query.dtype), lse, delta, _with_axes(mask))
+
+    def cut(tiling, heads, groups):
+        tile = _Tile(config, tiling, sizes, heads, bias is not None, False)
+        plan = tiles.plan(mask, T, S, tile.tokens, tiling.block_k, groups)
+        return dataclasses.replace(tile, clears=not _reads_every_key(mask, plan, T, S)), plan
+
+    tiling = _fit(config.dq, T * G, S)
+    heads = _packed_heads(T, G, tiling.block_q)
+    tile, plan = cut(tiling, heads, N // heads)
+    (dq,) = _call(
+        functools.partial(_dq_kernel, tile=tile, order=_heaviest_last(plan)),
+        config,
+        tiling,
+        _grid(B * tile.groups, plan.codes.shape[2], 1, _bytes_per_head(key, value) / (tile.groups / K)),
+        ((query.shape, query.dtype),),
+        (*operands, _columns(plan.partial), _columns(plan.full)),
+        "attention_dq",
+    )
+
+    tiling = _fit(config.dkv, T * G, S)
+    tile, plan = cut(tiling, _packed_heads(0, G, tiling.block_q), K)
+    plan = plan.transpose()
+    dk, dv = _call(
+        functools.partial(_dkv_kernel, tile=tile, order=_heaviest_last(plan)),
+        config,
+        tiling,
+        _grid(B * K, plan.codes.shape[2], 1, _bytes_per_head(query, d_out) * G),
+        [((1, *x.shape), x.dtype) for x in (key, value)],
+        (*operands, _columns(plan.partial), _columns(plan.full)),
+        "attention_dkv",
+    )
+
+    d_bias = None
+    if bias is not None:
+        tiling = _fit(config.dq, T, S)
+        tile, plan = cut(tiling, 1, N)
+        blocks = [1 if size == 1 else count for size, count in zip(bias.shape[2:], plan.codes.shape[2:], strict=True)]
+        (d_bias,) = _call(
+            functools.partial(_d_bias_kernel, tile=tile),
+            config,
+            tiling,
+            (blocks[1], blocks[0], bias.shape[0] * bias.shape[1]),
+            ((bias.shape, jnp.float32),),
+            (*operands, jnp.asarray(plan.codes, jnp.int32)),
+            "attention_d_bias",
+        )
+        d_bias = d_bias.astype(bias.dtype)
+    return dq, dk[0], dv[0], d_bias
 
 
 def _call(kernel, config: _Config, tiling: Tiling, grid, outputs, operands, name: str):
@@ -402,9 +624,21 @@ def _call(kernel, config: _Config, tiling: Tiling, grid, outputs, operands, name
     )(*operands)
 
 
-def _leaves_with_axes(mask: Mask) -> Mask:
+def _with_axes(mask: Mask) -> Mask:
     """Numbers become arrays [1], which `_take` reads as it reads [B]."""
     return jax.tree.map(lambda leaf: jnp.reshape(leaf, (1,)) if jnp.ndim(leaf) == 0 else jnp.asarray(leaf), mask)
+
+
+def _sizes(query, key) -> tuple[int, int, int, int, int, int]:
+    """B, T, S, N, K, G."""
+    (B, T, N, _), (_, S, K, _) = query.shape, key.shape
+    return B, T, S, N, K, N // K
+
+
+def _fit(tiling: Tiling, rows: int, keys: int) -> Tiling:
+    """The tiling, its tiles no larger than the whole."""
+    blocks = [min(block, _power(n)) for block, n in ((tiling.block_q, rows), (tiling.block_k, keys))]
+    return dataclasses.replace(tiling, block_q=blocks[0], block_k=blocks[1])
 
 
 def _power(size: int) -> int:
@@ -412,15 +646,19 @@ def _power(size: int) -> int:
 
 
 def _packed_heads(T: int, G: int, block_q: int) -> int:
-    """Query heads per tile: the whole group where the queries of one head would not fill a tile."""
+    """Query heads per tile: the whole group, or most of it, where the queries of one head would not fill a tile."""
     return max(d for d in range(1, G + 1) if G % d == 0 and d <= block_q) if block_q > T else 1
 
 
-def _heads_together(tile: _Tile, bytes_per_key: int) -> int:
-    """How many of the B * groups heads may run at a time so that their keys and values stay in L2; a divisor."""
-    B, _, S, N, K, _ = tile.sizes
-    most = max(_L2_SHARE_BYTES // (S * bytes_per_key), 1) * tile.groups // K
-    return max(d for d in range(1, B * tile.groups + 1) if (B * tile.groups) % d == 0 and d <= max(most, 1))
+def _bytes_per_head(*arrays) -> int:
+    return sum(x.shape[1] * x.shape[3] * x.dtype.itemsize for x in arrays)
+
+
+def _grid(heads: int, rows: int, parts: int, bytes_per_head: float) -> tuple[int, int, int, int]:
+    """The grid that `_place` reads: heads that share L2, rows of tiles, sets of such heads, parts."""
+    fitting = max(_L2_SHARE_BYTES // bytes_per_head, 1)
+    together = max(d for d in range(1, heads + 1) if heads % d == 0 and d <= fitting)
+    return together, rows, heads // together, parts
 
 
 def _heaviest_last(plan: tiles.Plan) -> bool:
@@ -433,9 +671,10 @@ def _heaviest_last(plan: tiles.Plan) -> bool:
 
 def _default_splits(tile: _Tile) -> int:
     """Enough parts for about 256 programs, of at least 4 key tiles each, where all queries fit one tile."""
-    if tile.blocks[0] > 1:
+    B, T, S, _, _, _ = tile.sizes
+    if tile.tokens < T:
         return 1
-    wanted = min(256 // (tile.sizes[0] * tile.groups), tile.blocks[1] // 4)
+    wanted = min(256 // (B * tile.groups), S // (4 * tile.tiling.block_k))
     return 1 << max(wanted, 1).bit_length() - 1
 
 
