@@ -170,6 +170,19 @@ def panels(rows: list[dict]):
     return figure, list(zip(axes[0], parts, strict=True))
 
 
+def log_scale(axis) -> None:
+    """A logarithmic axis with plain numbers: 0.5, 20, 3,000."""
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        def __call__(self, x, pos=None):
+            return f"{x:,g}" if super().__call__(x, pos) else ""
+
+    getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
+    axis.set_major_formatter(Plain())
+    axis.set_minor_formatter(Plain(labelOnlyBase=False, minor_thresholds=(1, 0.4)))
+
+
 def lines(ax, part: list[dict], value) -> None:
     """One line per implementation through the rows where `value(row)` is not None."""
     for name, rows in by_implementation(part).items():
@@ -200,7 +213,7 @@ def time_figure(data: dict, key: tuple, rows: list[dict], path: Path) -> Path:
     """Milliseconds against length, log-log, with the length from which flash is twice as fast."""
     figure, parts = panels(rows)
     for ax, part in parts:
-        ax.set_yscale("log")
+        log_scale(ax.yaxis)
         lines(ax, part, lambda row: results.summary(row).time_ms)
     parts[0][0].set_ylabel("time of one call (ms, median)")
     ax = parts[0][0]
@@ -280,7 +293,7 @@ def memory_figure(data: dict, key: tuple, rows: list[dict], path: Path) -> Path:
     """Peak memory against length: measured, and predicted for the rows that did not run for lack of memory."""
     figure, parts = panels(rows)
     for ax, part in parts:
-        ax.set_yscale("log")
+        log_scale(ax.yaxis)
         lines(ax, part, lambda row: row["peak_bytes"] / 2**20 if row.get("peak_bytes") else None)
         for name, own in by_implementation(part).items():
             look = style(name)
@@ -333,7 +346,7 @@ def error_figure(data: dict, key: tuple, rows: list[dict], path: Path) -> Path:
             )
     ax.axhline(1, color="#808080", linewidth=1, linestyle=(0, (6, 3)))
     ax.set_ylim(0, 1.1)
-    ax.set_xscale("log")
+    log_scale(ax.xaxis)
     ax.text(0.02, 1.01, "the accuracy rule's limit", transform=ax.get_yaxis_transform(), va="bottom", fontsize=8)
     ax.set_xlabel("time of one call (ms, median)")
     ax.set_ylabel("RMSE against float64 / allowed RMSE")
@@ -351,7 +364,7 @@ def masks_figure(data: dict, alike: dict[tuple, list[dict]], path: Path) -> Path
     )
     shown = set()
     for ax, (key, rows) in zip(axes[0], alike.items(), strict=True):
-        ax.set_yscale("log")
+        log_scale(ax.yaxis)
         lines(ax, rows, lambda row: results.summary(row).time_ms)
         for line in ax.get_lines():  # one entry in the legend for each look
             if line.get_label() in shown:
@@ -385,7 +398,7 @@ def bytes_figure(data: dict, key: tuple, rows: list[dict], path: Path) -> Path:
     lengths = sorted({row["keys"] for row in rows})
     for ax, title in zip(axes, titles, strict=True):
         ax.set_xscale("log", base=2)
-        ax.set_yscale("log")
+        log_scale(ax.yaxis)
         ax.set_xticks(lengths, [f"{length}" for length in lengths])
         ax.minorticks_off()
         ax.set_xlabel("sequence length")
@@ -419,8 +432,8 @@ def roofline_figure(data: dict, key: tuple, rows: list[dict], path: Path) -> Pat
         xs = [row["flops"] / row["traffic"]["dram_low_bytes"] for row in own]
         ys = [results.summary(row).tflops for row in own]
         ax.plot(xs, ys, color=look.colour, marker=look.marker, linestyle=look.line, label=own[0]["label"])
-    ax.set_xscale("log")
-    ax.set_yscale("log")
+    log_scale(ax.xaxis)
+    log_scale(ax.yaxis)
     low, high = ax.get_xlim()
     ridge = facts["peak_flops"] / facts["bytes_per_s"]
     low, high = min(low, ridge / 2), max(high, ridge * 2)
