@@ -242,7 +242,7 @@ def _torch_flex(problem: Problem) -> Callable:
 
 
 def _jaxattn_layer(problem: Problem) -> Callable:
-    """`jaxattn.nn.Attention` as Llama's, jitted whole, RoPE tables included."""
+    """`jaxattn.nn.Attention` as Llama's, jitted whole, RoPE tables included; it chooses its implementation."""
     import jax
     from flax import nnx
 
@@ -256,7 +256,6 @@ def _jaxattn_layer(problem: Problem) -> Callable:
             n_kv_heads=problem.kv_heads,
             head_dim=problem.head_dim,
             rope=rope,
-            implementation="triton" if problem.device == "cuda" else "blockwise",
             rngs=nnx.Rngs(0),
         )
     )

@@ -223,7 +223,7 @@ class Session:
         inputs = tuple(self.put(array) for array in self.adapter.arrange(self.problem, arrays))
         copies = 1
         if self.problem.cold:
-            copies += min(15, CACHE_BYTES // sum(array.nbytes for array in arrays.values()))
+            copies += CACHE_BYTES // sum(array.nbytes for array in arrays.values())
         self.rotated = [inputs, *(tuple(self.copy(x) for x in inputs) for _ in range(copies - 1))]
         self.checked = inputs
         if "cotangent" in arrays:

@@ -28,6 +28,7 @@ PACKAGES = (
     "jax-cuda12-plugin",
     "jax-cuda13-plugin",
 )
+KERNEL_CAPABILITY = 8.0  # what Pallas' Triton backend needs of an NVIDIA GPU
 CUDA_INSTALL = "pip install -e '.[all,cuda]'"
 
 
@@ -59,9 +60,9 @@ def describe(device: str = "auto") -> dict:
         statistics = jax.devices()[0].memory_stats() or {}
         found["memory_bytes"] = statistics.get("bytes_limit")
         capability = found["compute_capability"]
-        if capability and float(capability) < 8.0:
+        if capability and float(capability) < KERNEL_CAPABILITY:
             notes.append(
-                f"Compute capability {capability}: Pallas' Triton backend needs 8.0 or more; "
+                f"Compute capability {capability}: Pallas' Triton backend needs {KERNEL_CAPABILITY} or more; "
                 "blockwise and the peers run."
             )
         found["torch_cuda"] = torch_cuda()

@@ -303,7 +303,9 @@ class Runner:
 
     def must_run(self, problem: Problem) -> bool:
         """The tiled implementation that is measured at every length of such a case, whatever it takes."""
-        tiled = "jaxattn-triton" if self.device == "cuda" else "jaxattn-blockwise"
+        capability = self.results["environment"]["compute_capability"]
+        kernel = self.device == "cuda" and float(capability or 0) >= environment.KERNEL_CAPABILITY
+        tiled = "jaxattn-triton" if kernel else "jaxattn-blockwise"
         return problem.implementation == tiled and problem.case in self.always
 
     def lengths(self, case: Case) -> tuple[int, ...]:

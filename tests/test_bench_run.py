@@ -155,6 +155,45 @@ def test_predicted_bytes_are_within_20_percent_of_the_measured_peak(name, length
     assert adapters.find(name).predicted_bytes(problem) == pytest.approx(reply["peak_bytes"], rel=0.2)
 
 
+def test_cold_inputs_rotate_through_more_than_a_cache(tmp_path):
+    server = child.Server()
+    problem = Problem("c", "jaxattn-naive", 1, 512, 512, 32, 8, 64, "causal", "float32", "cpu", threads=2, cold=True)
+    server.load(problem.__dict__)
+    server.compile()
+    server.first(str(tmp_path / "rows.npz"))
+    session = server.session
+    assert len(session.rotated) * problem.arrays_bytes() > child.CACHE_BYTES
+    pointers = {inputs[0].unsafe_buffer_pointer() for inputs in session.rotated}
+    assert len(pointers) == len(session.rotated)
+    called = []
+    session.call, wait = (lambda inputs: called.append(inputs)), session.wait
+    session.wait = lambda outputs: wait(outputs) if outputs is not None else None
+    server.sample(3)
+    assert [id(inputs) for inputs in called] == [id(inputs) for inputs in session.rotated[:3]]
+
+
+@pytest.mark.gpu
+def test_device_time_of_queued_calls_agrees_with_the_profiler(tmp_path):
+    import jax
+
+    server = child.Server()
+    problem = Problem("c", "jaxattn-triton", 1, 4096, 4096, 32, 8, 64, "causal", "bfloat16", "cuda")
+    server.load(problem.__dict__)
+    server.compile()
+    server.first(str(tmp_path / "rows.npz"))
+    queued_s = sorted(server.sample(5)["device_times_s"])[2]
+    session, calls = server.session, 20
+    with jax.profiler.trace(tmp_path):
+        for _ in range(calls):
+            outputs = session.call(session.rotated[0])
+        session.wait(outputs)
+    (path,) = tmp_path.rglob("*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(path)).planes
+    lines = [line for plane in planes if plane.name.startswith("/device:GPU") for line in plane.lines]
+    busy_ns = sum(event.duration_ns for line in lines if line.name.startswith("Stream") for event in line.events)
+    assert queued_s == pytest.approx(busy_ns / calls / 1e9, rel=0.1)
+
+
 def test_time_is_predicted_from_the_shorter_length_and_the_flops(tmp_path):
     one = run.Runner.__new__(run.Runner)
     one.under_way = []
