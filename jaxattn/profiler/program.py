@@ -89,7 +89,7 @@ def trace(fn: Callable, args: tuple, target: Target | None = None) -> Program:
     """
     flat = jax.tree.leaves(args)
     for leaf in flat:
-        if not isinstance(leaf, jax.ShapeDtypeStruct) and not np.issubdtype(np.result_type(leaf), np.generic):
+        if not isinstance(leaf, (jax.ShapeDtypeStruct, jax.Array, np.ndarray, np.generic, int, float, complex)):
             raise ValueError(f"argument {leaf!r} is neither an array nor a jax.ShapeDtypeStruct")
     with _as_if_on(target):
         traced = (fn if hasattr(fn, "trace") else jax.jit(fn)).trace(*args)

@@ -1,0 +1,227 @@
+"""How often things run: loops and branches of compiled programs, counted as often as they are executed."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from jaxattn.profiler import profile
+
+F32 = 4
+
+
+def shape(*dims, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(dims, dtype)
+
+
+def calls(report, word):
+    """Runs of the kernels that come from the line with `word`; the scalar ones of loop conditions left out."""
+    rows = [r for r in report.rows if word in source_line(r.source) and (not r.calls or r.bytes > 64 * r.calls)]
+    assert rows, f"no kernel comes from a line with {word}: {[r.source for r in report.rows]}"
+    return {r.calls for r in rows}
+
+
+def source_line(source):
+    if ":" not in source or not source.startswith(__file__):
+        return ""
+    with open(__file__) as file:
+        return file.readlines()[int(source.rsplit(":", 1)[1]) - 1]
+
+
+def blockwise(q, k, v, block, unrolled):
+    T, H = q.shape
+    tiles = (k.reshape(-1, block, H), v.reshape(-1, block, H))
+
+    def body(state, tile):
+        m, l, o = state
+        s = q @ tile[0].T
+        m_next = jnp.maximum(m, s.max(-1))
+        p, alpha = jnp.exp(s - m_next[:, None]), jnp.exp(m - m_next)
+        return (m_next, l * alpha + p.sum(-1), o * alpha[:, None] + p @ tile[1]), None
+
+    state = (jnp.full(T, -1e30), jnp.zeros(T), jnp.zeros((T, H)))
+    if unrolled:
+        for j in range(T // block):
+            state, _ = body(state, (tiles[0][j], tiles[1][j]))
+    else:
+        state, _ = lax.scan(body, state, tiles)
+    return state[2] / state[1][:, None]
+
+
+@pytest.mark.parametrize("n", [1024, 2048])
+def test_blockwise_by_scan_is_within_5_percent_of_xlas_count_of_the_unrolled_program(n):
+    arguments = [shape(n, 32)] * 3
+    unrolled = jax.jit(functools.partial(blockwise, block=512, unrolled=True)).lower(*arguments).compile()
+    expected = unrolled.cost_analysis()["bytes accessed"]
+    looped = jax.jit(functools.partial(blockwise, block=512, unrolled=False))
+    report = profile(looped, *arguments)
+    assert report.requested.total == pytest.approx(expected, rel=0.05)
+    once = looped.lower(*arguments).compile().cost_analysis()["bytes accessed"]
+    assert once < 0.7 * expected  # XLA's count of the loop is what we correct
+
+
+def loop_of(kind, n):
+    def fori(x):
+        return lax.fori_loop(0, n, lambda i, c: jnp.sin(c @ x), x)
+
+    def mapped(x, ys):
+        return lax.map(lambda y: jnp.sin(x @ y), ys)
+
+    def nested(x):
+        return lax.fori_loop(0, n, lambda i, c: lax.fori_loop(0, 3, lambda j, d: jnp.sin(d @ x), c), x)
+
+    return {"fori": fori, "map": mapped, "nested": nested}[kind]
+
+
+@pytest.mark.parametrize(("kind", "per_step"), [("fori", 1), ("map", 1), ("nested", 3)])
+def test_static_loops_count_the_body_times_its_trips(kind, per_step):
+    more = {"map": lambda n: [shape(n, 32, 32)]}.get(kind, lambda n: [])
+    reports = {n: profile(loop_of(kind, n), shape(32, 32), *more(n)) for n in (4, 8, 16)}
+    for n, report in reports.items():
+        product = max((r for r in report.rows if "jnp.sin" in source_line(r.source)), key=lambda r: r.bytes)
+        assert product.calls == n * per_step
+        assert product.bytes == n * per_step * 3 * 32 * 32 * F32
+    totals = [r.requested.total for r in reports.values()]
+    assert totals[2] - totals[1] == 2 * (totals[1] - totals[0])
+
+
+def causal(q, k):
+    """Key tiles up to the diagonal only: i + 1 of them for query tile i."""
+    block = 8
+
+    def rows(i):
+        tile = lax.dynamic_slice(q, (i * block, 0), (block, q.shape[1]))
+
+        def body(j, total):
+            return total + tile @ lax.dynamic_slice(k, (j * block, 0), (block, q.shape[1])).T  # tile product
+
+        return lax.fori_loop(0, i + 1, body, jnp.zeros((block, block)))
+
+    return lax.map(rows, jnp.arange(q.shape[0] // block))
+
+
+def test_causal_skipping_runs_the_triangle_and_needs_no_values():
+    report = profile(causal, shape(128, 16), shape(128, 16))
+    assert calls(report, "# tile product") == {16 * 17 // 2}
+    assert not report.unknown
+    assert any("run once" in note for note in report.notes)
+
+
+def test_a_static_program_is_not_run():
+    report = profile(loop_of("fori", 4), shape(32, 32))
+    assert not any("run once" in note for note in report.notes)
+
+
+def converge(x):
+    return lax.while_loop(lambda c: jnp.abs(c).max() > 1e-3, lambda c: c * 0.5, x)  # halving
+
+
+def test_while_until_converged_counts_its_steps():
+    assert calls(profile(converge, jnp.ones(300)), "# halving") >= {10}  # 2**-10 < 1e-3 < 2**-9
+
+
+def test_without_values_the_loop_is_unknown_and_said_first():
+    report = profile(converge, shape(300))
+    assert len(report.unknown) == 1
+    assert str(report).startswith("UNKNOWN: loop")
+    inside = [r for r in report.rows if r.confidence == "unknown"]
+    assert inside
+    assert all(r.calls is None and r.bytes == 0 for r in inside)
+
+
+def test_batched_loop_runs_the_largest_count():
+    def repeat(x, n):
+        return lax.fori_loop(0, n, lambda i, c: jnp.cos(c) * 2, x)  # step
+
+    report = profile(jax.vmap(repeat), shape(3, 50), jnp.array([1, 7, 3]))
+    assert 7 in calls(report, "# step")
+
+
+def test_branches_count_as_often_as_taken():
+    def alternate(x):
+        def body(i, c):
+            return lax.cond(i % 3 == 0, even, odd, c)
+
+        def even(c):
+            return c @ c  # first branch
+
+        def odd(c):
+            return jnp.sin(c)  # second branch
+
+        return lax.fori_loop(0, 10, body, x)
+
+    report = profile(alternate, shape(32, 32))
+    assert calls(report, "# first branch") == {4}
+    assert calls(report, "# second branch") == {6}
+
+
+def test_a_switch_at_the_top_counts_the_branch_that_runs():
+    def choose(x, i):
+        return lax.switch(i, [lambda x: jnp.sin(x @ x), jnp.sin, lambda x: jnp.sin(x @ x) @ x], x)
+
+    costs = [profile(choose, shape(64, 64), jnp.int32(i)).requested.total for i in range(3)]
+    assert costs[1] < costs[0] < costs[2]
+
+
+@jax.custom_vjp
+def halves(x, n):
+    return lax.fori_loop(0, n, lambda i, c: jnp.cos(c * 0.5), x)  # custom
+
+
+def halves_backward(n, g):
+    return lax.fori_loop(0, n, lambda i, c: jnp.sin(c * g), g), None
+
+
+halves.defvjp(lambda x, n: (halves(x, n), n), halves_backward)
+
+
+def test_loops_are_found_inside_jit_remat_and_custom_vjp():
+    def fn(x, n):
+        return jax.checkpoint(jax.jit(lambda x: halves(x, n)))(x).sum()
+
+    assert calls(profile(fn, shape(100), np.int32(6)), "# custom") == {6}
+    gradient = profile(jax.grad(fn), shape(100), np.int32(6))
+    assert 6 in {r.calls for r in gradient.rows if r.bytes > 64 * r.calls}
+
+
+def test_loops_are_found_inside_custom_partitioning_and_sequential_vmap():
+    from jax.custom_batching import sequential_vmap
+    from jax.experimental.custom_partitioning import custom_partitioning
+
+    @sequential_vmap
+    def call(x, n):
+        inner = custom_partitioning(lambda x, n: lax.fori_loop(0, n, lambda i, c: jnp.cos(c * 2), x))  # partitioned
+        inner.def_partition(partition=lambda *a: None, propagate_user_sharding=None, sharding_rule="i, -> i")
+        return inner(x, n)
+
+    assert calls(profile(call, shape(100), np.int32(5)), "# partitioned") == {5}
+
+
+def test_two_calls_of_one_function_are_counted_apart():
+    @jax.jit
+    def repeat(x, n):
+        return lax.fori_loop(0, n, lambda i, c: jnp.cos(c * 2), x)  # shared
+
+    report = profile(lambda x, n, m: repeat(x, n) + repeat(x, m).sum(), shape(100), np.int32(2), np.int32(9))
+    assert calls(report, "# shared") >= {2, 9}
+
+
+def test_static_arguments_and_strings_are_refused():
+    with pytest.raises(ValueError, match="partial"):
+        profile(jax.jit(lambda x, n: x * n, static_argnums=1), shape(3), 2)
+    with pytest.raises(ValueError, match="neither an array"):
+        profile(lambda x: x, "text")
+
+
+def test_donated_memory_is_not_counted_twice():
+    def step(cache, update):
+        return lax.dynamic_update_slice(cache, update, (3, 0))
+
+    arguments = shape(1024, 64), shape(1, 64)
+    kept, donated = profile(step, *arguments), profile(jax.jit(step, donate_argnums=0), *arguments)
+    assert kept.peak_bytes - donated.peak_bytes == 1024 * 64 * F32
+    assert donated.requested.written == 64 * F32
+    assert donated.requested.read <= 64 * F32 + 16
