@@ -182,6 +182,8 @@ class _Kernel:
         self.equation = equation
         self.mapping = equation.params["grid_mapping"]
         self.grid = tuple(int(n) for n in self.mapping.grid)
+        # vmap adds grid axes that the kernel itself does not number
+        self.own_axes = [i for i in range(len(self.grid)) if i not in self.mapping.vmapped_dims]
         self.operands = operands
         self.cut = _KernelCut(frozenset(), {})
         self.plans: dict = {}
@@ -210,8 +212,7 @@ class _Kernel:
     def launch_order(self, values: np.ndarray) -> np.ndarray:
         """One value per grid point, the first grid axis fastest, axes added by vmap slowest, as launched."""
         values = np.broadcast_to(values, self.grid)
-        mapped = self.mapping.vmapped_dims
-        order = [i for i in range(len(self.grid)) if i not in mapped] + list(reversed(mapped))
+        order = self.own_axes + list(reversed(self.mapping.vmapped_dims))
         return np.ascontiguousarray(np.transpose(values, order[::-1])).ravel()
 
     # --- the two ways in which a kernel moves bytes
@@ -322,9 +323,9 @@ class _Kernel:
         if kind in _MEMORY:
             return [self.access(equation, look, asked, active, read_later)][: len(equation.outvars)]
         if kind == "program_id":
-            return [self.program_id(params["axis"])]
+            return [self.program_id(self.own_axes[params["axis"]])]
         if kind == "num_programs":
-            return [self.constant(self.grid[params["axis"]])]
+            return [self.constant(self.grid[self.own_axes[params["axis"]]])]
         arguments = [look(v) for v in equation.invars]
         if kind == "while":
             return self.run_while(equation, arguments, asked, active)
