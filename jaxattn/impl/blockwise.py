@@ -312,7 +312,8 @@ class _Groups:
 
     def _bias_start(self, b, k, i, j):
         start = (b, k * self.G, i * self.config.block_q, j * self.config.block_k)
-        return tuple(0 if n == 1 else x for n, x in zip(self.bias.shape, start, strict=True))
+        start = [0 if n == 1 else x for n, x in zip(self.bias.shape, start, strict=True)]
+        return [jnp.asarray(x, jnp.int32) for x in start]  # one type for all, also where x64 makes some int64
 
     def zero_bias(self):
         return None if self.bias is None else jnp.zeros(self.bias.shape, self.dtype)
