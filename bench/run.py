@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import datetime
 import json
+import math
 import os
 import selectors
 import signal
@@ -358,7 +359,7 @@ class Runner:
         self.under_way = waiting
         must = [one for one in waiting if self.must_run(one.problem)]
         try:
-            self.open(must, 0.0, progress)
+            self.open(must, -math.inf, progress)
             reserved_s = sum(self.cost_s(problem, 2) for problem in later if self.must_run(problem))
             admitted = self.admit([one for one in waiting if one not in must], reserved_s, progress)
             beside = [one for one in must if one.row["status"] == "ok"]
@@ -474,7 +475,8 @@ class Runner:
     def open(self, batch: list[Measurement], reserved_s: float, progress: Progress) -> None:
         """Start the children together, then gate them one by one; what fails is closed and saved.
 
-        Where the machine is slower than predicted, those that must run later keep their time.
+        Where the machine is slower than predicted and less than `reserved_s` is left, the rest is skipped: what
+        must run later keeps its time.
         """
         if not batch:
             return
