@@ -6,6 +6,7 @@ that batch elements and key/value heads are independent, so each device runs the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -37,6 +38,7 @@ def independent(function: Callable, axes_in, axes_out, summed=None) -> Callable:
         for array, letters in zip(flat, letters_in, strict=True):
             sizes |= {x: n for x, n in zip(letters, array.shape, strict=True) if x in "bkn"}
 
+        @functools.partial(jax.jit, inline=True)  # its shapes and its use share one trace
         def flat_function(*flat):
             return function(*jax.tree.unflatten(tree, flat))
 
