@@ -406,7 +406,7 @@ class Transformer(nnx.Module):
         self.embedding = nnx.Param(normal(rngs.params(), (vocab_size, d_model), param_dtype))
         self.unembedding = None if tied else nnx.Param(normal(rngs.params(), (vocab_size, d_model), param_dtype))
         self.norm = RMSNorm(d_model, eps=eps, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
-        self.blocks = nnx.vmap(block)(rngs.fork(split=n_layers))
+        self.blocks = nnx.split_rngs(splits=n_layers)(nnx.vmap(block))(rngs)
 
     def __call__(
         self,
