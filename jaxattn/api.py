@@ -5,6 +5,7 @@ Only `implementation=None` chooses. A named implementation runs or raises; nothi
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import math
 
@@ -89,11 +90,12 @@ def dot_product_attention(
         query, key, value, bias, mask, scale, is_causal, query_seq_lengths, key_value_seq_lengths,
         local_window_size, logits_soft_cap,
     )  # fmt: skip
+    problem = dataclasses.replace(problem, residual=return_residual)
     out, lse = _choose(implementation, problem).attend(problem)
     out = out.astype(jnp.asarray(query).dtype)
-    if not batched:
-        out, lse = out[0], lse[0]
-    return (out, lse) if return_residual else out
+    if not return_residual:
+        return out if batched else out[0]
+    return (out, lse) if batched else (out[0], lse[0])
 
 
 def explain(

@@ -18,7 +18,7 @@ from jaxattn.masks import Mask
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["query", "key", "value", "bias", "mask"],
-    meta_fields=["scale", "soft_cap"],
+    meta_fields=["scale", "soft_cap", "residual"],
 )
 @dataclasses.dataclass(frozen=True)
 class Problem:
@@ -30,6 +30,7 @@ class Problem:
       mask: what may be attended, causal, window and lengths included.
       scale: float. A traced one is already in the query, which then has the accumulator's dtype.
       soft_cap: None or float.
+      residual: whether the log-sum-exp is wanted. Where not, an implementation may return None for it.
     """
 
     query: jax.Array
@@ -39,6 +40,7 @@ class Problem:
     mask: Mask
     scale: float
     soft_cap: float | None
+    residual: bool = True
 
     @property
     def sizes(self) -> tuple[int, int, int, int, int, int]:
@@ -58,7 +60,7 @@ class Implementation:
         """Why this implementation cannot compute the problem here, or None where it can."""
         raise NotImplementedError
 
-    def attend(self, problem: Problem) -> tuple[jax.Array, jax.Array]:
+    def attend(self, problem: Problem) -> tuple[jax.Array, jax.Array | None]:
         """The output [B, T, N, Hv] in the query's dtype and the log-sum-exp [B, T, N] in `accumulator_dtype`."""
         raise NotImplementedError
 

@@ -102,7 +102,7 @@ class Triton(Implementation):
         return None if self.interpret or self.platform == "cuda" else _device_refusal()
 
     @functools.partial(jax.jit, static_argnums=0)
-    def attend(self, problem: Problem) -> tuple[jax.Array, jax.Array]:
+    def attend(self, problem: Problem) -> tuple[jax.Array, jax.Array | None]:
         key = problem.key
         forward, dq, dkv = default_tilings(max(key.shape[-1], problem.value.shape[-1]), key.dtype)
         config = _Config(
@@ -110,13 +110,15 @@ class Triton(Implementation):
             dq=self.dq or dq,
             dkv=self.dkv or dkv,
             splits=self.splits,
+            residual=problem.residual,
             scale=problem.scale,
             soft_cap=problem.soft_cap,
             precision=self.precision,
             interpret=self.interpret,
         )
         query = problem.query.astype(key.dtype)  # float32 where a traced scale was multiplied in
-        return _attention(config, query, key, problem.value, problem.bias, problem.mask)
+        out, *lse = _attention(config, query, key, problem.value, problem.bias, problem.mask)
+        return out, lse[0] if lse else None
 
     def _override(self, tiling: Tiling) -> Tiling:
         given = {field.name: getattr(self, field.name) for field in dataclasses.fields(Tiling)}
@@ -162,6 +164,7 @@ class _Config:
     dq: Tiling
     dkv: Tiling
     splits: int | None
+    residual: bool
     scale: float
     soft_cap: float | None
     precision: lax.PrecisionLike
@@ -170,16 +173,18 @@ class _Config:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(config: _Config, query, key, value, bias, mask):
+    """The output and, where `residual` asks for it, the log-sum-exp."""
     return _forward(config, query, key, value, bias, mask)
 
 
 def _attention_fwd(config, query, key, value, bias, mask):
-    out, lse = _forward(config, query, key, value, bias, mask)
-    return (out, lse), (query, key, value, bias, mask, out, lse)
+    out, lse = _forward(dataclasses.replace(config, residual=True), query, key, value, bias, mask)
+    return (out, lse) if config.residual else (out,), (query, key, value, bias, mask, out, lse)
 
 
 def _attention_bwd(config, residuals, cotangents):
-    return (*_backward(config, *residuals, *cotangents), None)  # a mask has no gradient
+    d_out, *d_lse = cotangents
+    return (*_backward(config, *residuals, d_out, d_lse[0] if d_lse else 0), None)  # a mask has no gradient
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
@@ -276,6 +281,21 @@ class _Tile:
             x, slope = cap * ratio, 1 - ratio * ratio
         return x if bias_ref is None else x + _take(b, n, bias_ref, t=t, s=s).astype(jnp.float32), slope
 
+    def exp2(self, x, y):
+        """2 ** (factor x + y), in two instructions: the compiler fuses no product and sum, and guards subnormals."""
+        y = jnp.broadcast_to(y, x.shape)
+        if self.config.interpret:
+            return jnp.exp2(x * self.factor + y)
+        factor = np.float32(self.factor).view(np.uint32)
+        (power,) = _backend().elementwise_inline_asm(
+            f"{{ .reg .f32 e; fma.rn.f32 e, $1, 0f{factor:08X}, $2; ex2.approx.ftz.f32 $0, e; }}",
+            args=[x, y],
+            constraints="=f,f,f",
+            pack=1,
+            result_shape_dtypes=[jax.ShapeDtypeStruct(x.shape, jnp.float32)],
+        )
+        return power
+
 
 def _divmod(x, y: int):
     """x // y and x % y of what is not negative, without the sign's arithmetic."""
@@ -370,7 +390,7 @@ def _place(groups: int, heaviest_last: bool):
     return *_divmod(head, groups), i, pl.program_id(3)
 
 
-def _forward_kernel(q_ref, k_ref, v_ref, bias_ref, mask, partial, full, out_ref, lse_ref, *, tile: _Tile, order):
+def _forward_kernel(q_ref, k_ref, v_ref, bias_ref, mask, partial, full, out_ref, lse_ref=None, *, tile: _Tile, order):
     b, group, i, part = _place(tile.groups, order)
     t, n, there = [_down(x) for x in tile.rows(i, group)]
     k_head, c = tile.key_head(group), tile.factor
@@ -391,7 +411,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, bias_ref, mask, partial, full, out_ref,
                 x, inside = jnp.where(allowed, x, -jnp.inf), _any(allowed, 0) if tile.clears else inside
             m_next = jnp.maximum(m, x.max(1))
             shift = online_softmax.finite(m_next) * c
-            alpha, p = jnp.exp2(m * c - shift), jnp.exp2(x * c - shift[:, None])
+            alpha, p = tile.exp2(m, -shift), tile.exp2(x, -shift[:, None])
             v = _load_heads(v_ref, b, _down(s), k_head, _down(inside))
             o = online_softmax.rescale(o, alpha) + _dot(p.astype(v.dtype), v, tile.config.precision)
             return m_next, l * alpha + p.sum(1), o
@@ -405,8 +425,9 @@ def _forward_kernel(q_ref, k_ref, v_ref, bias_ref, mask, partial, full, out_ref,
     absent = l == 0
     total = jnp.where(absent, 1, l)
     _store(out_ref, (part, b, t, n, h), o / total[:, None], _and(there, inside))
-    lse = jnp.where(absent, -jnp.inf, (m * c + jnp.log2(total)) / _LOG2_E)
-    _store(lse_ref, (part, b, t, n), lse[:, None], there)
+    if lse_ref is not None:
+        lse = jnp.where(absent, -jnp.inf, (m * c + jnp.log2(total)) / _LOG2_E)
+        _store(lse_ref, (part, b, t, n), lse[:, None], there)
 
 
 def _forward(config: _Config, query, key, value, bias, mask):
@@ -417,20 +438,21 @@ def _forward(config: _Config, query, key, value, bias, mask):
     plan = tiles.plan(mask, T, S, tile.tokens, tiling.block_k, tile.groups)
     tile = dataclasses.replace(tile, clears=not _reads_every_key(mask, plan, T, S))
     parts = config.splits or _default_splits(tile)
-    dtype = query.dtype if parts == 1 else jnp.float32
-    out, lse = _call(
+    rows = (parts, *query.shape[:3])
+    outputs = [((*rows, value.shape[3]), query.dtype if parts == 1 else jnp.float32), (rows, jnp.float32)]
+    out, *lse = _call(
         functools.partial(_forward_kernel, tile=tile, order=_heaviest_last(plan)),
         config,
         tiling,
         _grid(B * tile.groups, plan.codes.shape[2], parts, _bytes_per_head(key, value) / (tile.groups / sizes[4])),
-        (((parts, *query.shape[:3], value.shape[3]), dtype), ((parts, *query.shape[:3]), jnp.float32)),
+        outputs if config.residual or parts > 1 else outputs[:1],
         (query, key, value, bias, _with_axes(mask), _columns(plan.partial), _columns(plan.full)),
         "attention_forward",
     )
     while parts > 1:
         parts //= 2
-        out, lse = online_softmax.merge(out[:parts], lse[:parts], out[parts:], lse[parts:])
-    return out[0].astype(query.dtype), lse[0]
+        out, *lse = online_softmax.merge(out[:parts], lse[0][:parts], out[parts:], lse[0][parts:])
+    return out[0].astype(query.dtype), *(x[0] for x in lse if config.residual)
 
 
 def _dq_kernel(
@@ -548,7 +570,7 @@ def _weights(tile: _Tile, product, dp, allowed, lse, delta, bias_ref, b, n, t, s
     """
     x, slope = tile.logits(product, bias_ref, b, n, t, s)
     x = x if allowed is None else jnp.where(allowed, x, -jnp.inf)
-    p = jnp.exp2(x * tile.factor - lse)
+    p = tile.exp2(x, -lse)
     ds = p * (dp - delta)
     ds = ds if slope is None or not through_cap else ds * slope
     return p, jnp.where(allowed, ds, 0) if allowed is not None and tile.clears else ds
