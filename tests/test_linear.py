@@ -1,0 +1,150 @@
+"""Linear attention: its forms agree, its state decodes, its random features converge, its cost is linear."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tolerance import assert_close
+
+from jaxattn.linear import Cosine, EluPlusOne, PositiveRandomFeatures, initial_state, linear_attention
+
+B, T, N, K, H, HV = 2, 13, 4, 2, 8, 5
+MAPS = {
+    "elu": EluPlusOne(),
+    "cosine": Cosine(max_length=64),
+    "random features": PositiveRandomFeatures.orthogonal(jax.random.key(5), 24, H),
+}
+
+
+def operands(T=T, S=None, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    shapes = (B, T, N, H), (B, S or T, K, H), (B, S or T, K, HV)
+    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def by_hand(q, k, v, feature_map, is_causal, scale):
+    """The definition, one query at a time, in float64."""
+    features = [
+        np.asarray(feature_map(x.swapaxes(1, 2) * scale**0.5, jnp.arange(x.shape[1]), name == "q"), np.float64)
+        for name, x in (("q", q), ("k", k))
+    ]
+    v = np.asarray(v, np.float64)
+    out = np.zeros((*q.shape[:3], v.shape[-1]))
+    for b, t, n in np.ndindex(q.shape[:3]):
+        last = t + 1 if is_causal else k.shape[1]
+        weights = features[1][b, n // (N // K), :last] @ features[0][b, n, t]
+        out[b, t, n] = weights @ v[b, :last, n // (N // K)] / (weights.sum() or 1)
+    return out
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("name", MAPS)
+def test_equals_the_definition(name, is_causal):
+    q, k, v = operands(S=None if is_causal else 9)
+    scale = H**-0.5 if name == "random features" else 1
+    expected = by_hand(q, k, v, MAPS[name], is_causal, scale).astype("float32")
+    forms = ("parallel", "chunked", "recurrent") if is_causal else ("parallel",)
+    for form in forms:
+        options = {"feature_map": MAPS[name], "is_causal": is_causal, "form": form, "chunk": 4}
+        assert_close(jax.jit(functools.partial(linear_attention, **options))(q, k, v), expected)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 13, 100])
+def test_any_chunk_gives_the_same_output_state_and_gradients(chunk):
+    def run(form, chunk=chunk):
+        def f(q, k, v):
+            out, state = linear_attention(
+                q, k, v, feature_map=EluPlusOne(), is_causal=True, form=form, chunk=chunk, return_state=True
+            )
+            return (out**2).sum() + (state.values**2).sum(), (out, state)
+
+        (_, results), gradients = jax.jit(jax.value_and_grad(f, (0, 1, 2), has_aux=True))(*operands())
+        out, state = results
+        return out, state.values, state.normaliser, gradients
+
+    assert_close(run("chunked"), run("parallel"), "gradient")
+
+
+def test_decoding_a_token_at_a_time_from_the_state_continues_the_prompt():
+    q, k, v = operands()
+    for feature_map in MAPS.values():
+        options = {"feature_map": feature_map, "is_causal": True, "return_state": True}
+        prompt = jax.jit(functools.partial(linear_attention, chunk=4, **options))
+        whole, _ = prompt(q, k, v)
+        _, state = prompt(*(x[:, :6] for x in (q, k, v)))
+        shapes = jax.tree.map(jnp.shape, state)
+        step = jax.jit(functools.partial(linear_attention, form="recurrent", **options))
+        for t in range(6, 9):
+            token, state = step(*(x[:, t : t + 1] for x in (q, k, v)), state=state)
+            assert_close(token[:, 0], whole[:, t])
+        assert jax.tree.map(jnp.shape, state) == shapes
+        assert int(state.length) == 9
+
+
+def test_random_features_estimate_softmax_attention_at_the_rate_of_one_over_the_root_of_their_number():
+    # Lemma 2: the error of one weight is exp(|q + k|^2 / 2) / sqrt(F) times the weight: short vectors, to see the rate.
+    q, k, v = (jax.random.normal(jax.random.key(i), (1, 16, 2, 16)) * (1 if i == 2 else 0.5) for i in range(3))
+    exact = jax.nn.dot_product_attention(q, k, v)
+    squared = jax.jit(
+        lambda w: ((linear_attention(q, k, v, feature_map=PositiveRandomFeatures(w)) - exact) ** 2).mean()
+    )
+    counts = (32, 128, 512)
+    errors = [
+        np.mean([squared(PositiveRandomFeatures.orthogonal(jax.random.key(i), n, 16).projection) for i in range(10)])
+        ** 0.5
+        for n in counts
+    ]
+    slope = np.polyfit(np.log(counts), np.log(errors), 1)[0]
+    assert -0.65 < slope < -0.4, (slope, errors)
+
+
+def test_random_features_are_orthogonal_within_a_block_with_gaussian_norms():
+    w = np.asarray(PositiveRandomFeatures.orthogonal(jax.random.key(0), 1024, 16).projection).reshape(-1, 16, 16)
+    gram = np.einsum("bih,bjh->bij", w, w)
+    off = gram * (1 - np.eye(16))
+    assert np.abs(off).max() < 1e-4 * np.abs(gram).max()
+    assert abs((w**2).sum(-1).mean() - 16) < 1
+
+
+def test_cosine_weighs_near_tokens_more_and_never_negatively():
+    x = jnp.ones((1, 32, 4))
+    features = Cosine(max_length=32)(x, jnp.arange(32), True)[0]
+    weights = np.asarray(features @ features.T)
+    assert weights.min() > 0
+    assert np.all(np.diff(weights[0]) < 0)
+
+
+def test_time_and_memory_are_linear_in_length():
+    def cost(T):
+        q = jax.ShapeDtypeStruct((1, T, 2, 16), "float32")
+        f = jax.jit(lambda q, k, v: linear_attention(q, k, v, feature_map=EluPlusOne(), is_causal=True))
+        program = f.lower(q, q, q).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    short, middle, long = (cost(T) for T in (4096, 8192, 16384))
+    assert long - middle <= 2.1 * (middle - short)
+    assert long < 16384 * 1024
+
+
+def test_a_query_whose_weights_are_all_zero_gives_zero():
+    q, k, v = operands()
+    out = linear_attention(-jnp.abs(q), k, v, feature_map=Cosine(64), is_causal=True)
+    assert np.all(np.asarray(out) == 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"form": "fast"}, "form='fast' must be one of parallel, chunked, recurrent"),
+        ({"chunk": 0}, "chunk=0 must be at least 1"),
+        ({"key": jnp.ones((B, 9, K, H)), "is_causal": True}, "needs T = S, got T=13 and S=9"),
+        ({"key": jnp.ones((B, T, 3, H))}, "N=4 query heads must be a multiple of K=3"),
+        ({"state": initial_state(B, K, H, HV)}, "it needs is_causal=True"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message):
+    q, k, v = operands()
+    with pytest.raises(ValueError, match=message):
+        linear_attention(**({"query": q, "key": k, "value": v, "feature_map": EluPlusOne()} | arguments))
