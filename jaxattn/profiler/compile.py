@@ -7,7 +7,6 @@ For a target the program goes as StableHLO to a child process which alone sees t
 import dataclasses
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -27,7 +26,6 @@ class Compiled:
     """A compiled program; sizes in bytes. `ptx` and `launches` are there for a compiled GPU target only."""
 
     module: hlo.Module
-    text: str
     argument_bytes: int
     output_bytes: int
     temp_bytes: int
@@ -105,7 +103,6 @@ def compile_here(lowered: jax.stages.Lowered) -> Compiled:
     stats = compiled.memory_analysis()
     return Compiled(
         module=hlo.parse(raw[0].as_serialized_hlo_module_proto(), text, stats.serialized_buffer_assignment_proto),
-        text=text,
         argument_bytes=stats.argument_size_in_bytes,
         output_bytes=stats.output_size_in_bytes,
         temp_bytes=stats.temp_size_in_bytes,
@@ -152,8 +149,7 @@ def compile_for(
         stats = json.loads((work / "stats.json").read_text())
         dump = work / "dump"
         return Compiled(
-            module=_dumped_module(dump, (work / "module.txt").read_text()),
-            text=(work / "module.txt").read_text(),
+            module=_dumped_module(dump, (work / "name.txt").read_text()),
             argument_bytes=stats["argument"],
             output_bytes=stats["output"],
             temp_bytes=stats["temp"],
@@ -163,11 +159,12 @@ def compile_for(
         )
 
 
-def _dumped_module(dump: Path, text: str) -> hlo.Module:
-    name = re.match(r"HloModule ([^\s,]+)", text).group(1)
+def _dumped_module(dump: Path, name: str) -> hlo.Module:
+    """The module that the buffers were assigned to, which the executable keeps in a later form."""
     found = sorted(dump.glob("*_after_optimizations.hlo.pb"))
     for path in found:
         fields = wire.message(path.read_bytes())
         if wire.text(wire.message(fields[1][-1]), 1) == name:
+            text = path.with_name(path.name.removesuffix(".hlo.pb") + ".txt").read_text()
             return hlo.parse(fields[1][-1], text, fields[3][-1] if 3 in fields else b"")
     raise RuntimeError(f"the compiler dumped no module named {name}: found {[p.name for p in found]}")

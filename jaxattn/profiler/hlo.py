@@ -267,8 +267,10 @@ def parse(module: bytes, text: str, buffer_assignment: bytes = b"") -> Module:
 
 
 def _check_against_text(computations: list[Computation], text: str) -> None:
-    printed = re.findall(r"^\s+(?:ROOT )?%?[\w.\-]+ = .*$", text, re.MULTILINE)
-    ours = [i for c in computations for i in c.instructions]
+    """Compares counts with the text; elements of tuples, which newer XLA prints inline, are left out."""
+    lines = re.findall(r"^\s+(?:ROOT )?%?[\w.\-]+ = .*$", text, re.MULTILINE)
+    printed = [line for line in lines if " get-tuple-element(" not in line]
+    ours = [i for c in computations for i in c.instructions if i.opcode != "get-tuple-element"]
     if len(ours) != len(printed):
         raise ValueError(f"read {len(ours)} instructions where the module's text has {len(printed)}")
     named = sum('op_name="' in line for line in printed)

@@ -193,7 +193,7 @@ class _Kernel:
         self.reasons: list[str] = []
         self.touched: dict[tuple[int, bool], _Box] = {}
         # The last inputs and result of each equation: in a loop most are the same objects again.
-        self.last: dict[int, tuple[list, Any]] = {}
+        self.last: dict[tuple, tuple[list, Any]] = {}
         self.literals: dict[int, Any] = {}
 
     @property
@@ -333,19 +333,24 @@ class _Kernel:
             return self.run_scan(equation, arguments, asked, active)
         if kind == "cond":
             return self.run_cond(equation, arguments, asked, active)
+        key = (id(equation), *asked)
+        before = self.last.get(key)
+        if before and all(a is b for a, b in zip(arguments, before[0], strict=True)):
+            return before[1]
         inner = called(equation)
         if inner is not None:
-            return self.run(inner, arguments, asked, active)
+            flops = self.flops
+            results = self.run(inner, arguments, asked, active)
+            if self.flops == flops and not self.cut.counts(equation):
+                self.last[key] = (arguments, results)
+            return results
         rule = _RULES.get(kind)
         if rule is None or any(a is None or isinstance(a, _Reference) for a in arguments):
             return [None] * len(equation.outvars)
-        before = self.last.get(id(equation))
-        if before and all(a is b for a, b in zip(arguments, before[0], strict=True)):
-            return before[1]
         shapes = [v.aval.shape for v in equation.invars]
         result = rule(len(self.grid), params, shapes, equation.outvars[0].aval, *arguments)
         results = [None if result is None or result.size > _LARGEST else result]
-        self.last[id(equation)] = (arguments, results)
+        self.last[key] = (arguments, results)
         return results
 
     def run_while(self, equation, arguments, asked, active):
@@ -467,7 +472,7 @@ class _Kernel:
         if index is None or any(entry[1] is None for entry in index):
             zero = self.constant(0)
             index = [("slice", zero, reference.block[d], 1) for d in reference.kept]
-        before = self.last.get(-id(equation))
+        before = self.last.get((id(equation), "bounds"))
         low, high = ([0 if s is None else s for s in reference.starts] for _ in range(2))
         for i, (axis, entry) in enumerate(zip(reference.kept, index, strict=True)):
             if before and before[0][i] is entry[1]:
@@ -482,7 +487,7 @@ class _Kernel:
             low[axis] = np.minimum(np.maximum(low[axis] + first, 0), top)
             high[axis] = np.minimum(np.maximum(high[axis] + last, 0), top)
         low, high = ([v if isinstance(v, np.ndarray) else self.constant(v) for v in side] for side in (low, high))
-        self.last[-id(equation)] = ([entry[1] for entry in index], (low, high))
+        self.last[id(equation), "bounds"] = ([entry[1] for entry in index], (low, high))
         return low, high
 
     def touch(self, key, reference, is_write, low, high, per_point):
