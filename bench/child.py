@@ -50,7 +50,7 @@ def main() -> int:
 def classify(error: Exception) -> str:
     """Which status an exception gives its row: missing, out of memory, refused, or failed."""
     text = f"{type(error).__name__} {error}".lower()
-    if isinstance(error, ImportError):
+    if isinstance(error, ImportError) or "not detected" in text:
         return "missing"
     if isinstance(error, MemoryError) or "out of memory" in text or "resource_exhausted" in text:
         return "out of memory"

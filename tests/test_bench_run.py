@@ -232,6 +232,7 @@ def test_results_are_replaced_whole(tmp_path, monkeypatch):
     [
         (ModuleNotFoundError("No module named 'tokamax'"), "missing"),
         (AttributeError("module 'm' has no attribute 'absent'"), "failed"),
+        (RuntimeError("cuDNN is not detected."), "missing"),
         (MemoryError(), "out of memory"),
         (RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate"), "out of memory"),
         (NotImplementedError("no bias"), "refused"),
