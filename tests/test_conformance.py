@@ -2,16 +2,19 @@
 
 import contextlib
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tolerance import assert_accurate, assert_close
 
 from bench import conformance_cases
 from bench.conformance_cases import Case, cover, grid, inputs
-from jaxattn import Blockwise, Mask, dot_product_attention
-from tests.tolerance import assert_accurate
+from jaxattn import Blockwise, Mask, dot_product_attention, merge
 
 oracle = pytest.importorskip("oracle.attention")
 
@@ -89,9 +92,18 @@ def check(case: Case) -> None:
 CASES = cover(tuple(IMPLEMENTATIONS))
 
 
+@pytest.fixture(scope="session")
+def checked(request):
+    """Every chosen case, two at a time: compilers and torch leave Python, so a second core has work."""
+    chosen = [item.callspec.params["case"] for item in request.session.items if "checked" in item.fixturenames]
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        yield {case: pool.submit(check, case) for case in chosen}
+        pool.shutdown(cancel_futures=True)
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_implementation_is_as_accurate_as_torch_and_exact_where_nothing_may_be_attended(case):
-    check(case)
+def test_implementation_is_as_accurate_as_torch_and_exact_where_nothing_may_be_attended(case, checked):
+    checked[case].result()
 
 
 def test_the_cases_cover_every_two_values_and_are_at_least_three_hundred():
@@ -111,3 +123,81 @@ def test_every_combination_of_the_axes(implementation, mask):
     for case in grid((implementation,)):
         if case.mask == mask:
             check(case)
+
+
+# Properties: shapes from a small set, so that hypothesis' examples share a few compilations.
+PROPERTY_SHAPES = st.sampled_from([(7, 13), (16, 16)])
+TILED = Blockwise(block_q=4, block_k=6)
+SEEDS = st.integers(0, 10**6)
+
+
+@functools.partial(jax.jit, static_argnames=("implementation", "is_causal", "local_window_size"))
+def attend(q, k, v, bias=None, mask=None, implementation="naive", is_causal=False, local_window_size=None):
+    return dot_product_attention(
+        q, k, v, bias, mask, is_causal=is_causal, local_window_size=local_window_size,
+        implementation=implementation, return_residual=True,
+    )  # fmt: skip
+
+
+def operands(seed, T, S, N=4, K=2, H=8):
+    rng = np.random.default_rng(seed)
+    return [rng.standard_normal(shape, np.float32) for shape in ((2, T, N, H), (2, S, K, H), (2, S, K, H))], rng
+
+
+@pytest.mark.parametrize("implementation", ["naive", TILED], ids=str)
+class TestProperties:
+    @settings(max_examples=10)
+    @given(SEEDS, PROPERTY_SHAPES)
+    def test_permuting_keys_with_their_values_changes_nothing(self, implementation, seed, lengths):
+        (q, k, v), rng = operands(seed, *lengths)
+        mask, order = rng.random((2, 1, *lengths)) < 0.5, rng.permutation(lengths[1])
+        expected = attend(q, k, v, mask=mask, implementation=implementation)
+        permuted = attend(q, k[:, order], v[:, order], mask=mask[..., order], implementation=implementation)
+        assert_close(permuted, expected)
+
+    @settings(max_examples=5)
+    @given(SEEDS, PROPERTY_SHAPES)
+    def test_a_window_as_long_as_the_sequence_is_full_attention(self, implementation, seed, lengths):
+        (q, k, v), _ = operands(seed, *lengths)
+        longest = max(lengths)
+        windowed = attend(q, k, v, implementation=implementation, local_window_size=(longest, longest))
+        assert_close(windowed, attend(q, k, v, implementation=implementation))
+
+    @settings(max_examples=5)
+    @given(SEEDS, PROPERTY_SHAPES)
+    def test_grouped_heads_are_repeated_heads(self, implementation, seed, lengths):
+        (q, k, v), _ = operands(seed, *lengths)
+        repeated = attend(q, np.repeat(k, 2, 2), np.repeat(v, 2, 2), is_causal=True, implementation=implementation)
+        assert_close(attend(q, k, v, is_causal=True, implementation=implementation), repeated)
+
+    @settings(max_examples=5)
+    @given(SEEDS, PROPERTY_SHAPES)
+    def test_attention_over_two_sets_of_keys_merges_to_attention_over_both(self, implementation, seed, lengths):
+        (q, k, v), rng = operands(seed, *lengths)
+        first = rng.random((1, 1, 1, lengths[1])) < 0.5
+        parts = [attend(q, k, v, mask=mask, implementation=implementation) for mask in (first, ~first)]
+        assert_close(merge(*parts[0], *parts[1]), attend(q, k, v, implementation=implementation))
+
+    @settings(max_examples=5)
+    @given(SEEDS, PROPERTY_SHAPES, st.sampled_from([-50.0, 8.0, 300.0]))
+    def test_a_shifted_row_of_logits_shifts_its_log_sum_exp_alone(self, implementation, seed, lengths, shift):
+        (q, k, v), rng = operands(seed, *lengths)
+        rows = np.float32(shift * rng.integers(0, 2, (2, 1, lengths[0], 1)))
+        out, lse = attend(q, k, v, bias=rows, implementation=implementation)
+        expected_out, expected_lse = attend(q, k, v, bias=0 * rows, implementation=implementation)
+        # The shift costs the logits bits: an error of u * shift in each becomes one of the weights.
+        np.testing.assert_allclose(out, expected_out, atol=4 * 2**-24 * (32 + abs(shift)))
+        assert_close(lse, expected_lse + rows[:, 0])
+
+    @settings(max_examples=10)
+    @given(SEEDS, PROPERTY_SHAPES, st.integers(0, 15))
+    def test_causal_outputs_do_not_depend_on_the_future(self, implementation, seed, lengths, present):
+        (q, k, v), rng = operands(seed, *lengths)
+        changed_k, changed_v = k.copy(), v.copy()
+        changed_k[:, present + 1 :], changed_v[:, present + 1 :] = 1e4, -1e4
+        before = attend(q, k, v, is_causal=True, implementation=implementation)
+        after = attend(q, changed_k, changed_v, is_causal=True, implementation=implementation)
+        past = slice(0, present + 1)
+        assert_close([x[:, past] for x in after], [x[:, past] for x in before], "same")
+        if present + 1 < min(lengths):
+            assert (np.asarray(after[0])[:, present + 1] != np.asarray(before[0])[:, present + 1]).all()

@@ -6,11 +6,11 @@ import functools
 import jax
 import numpy as np
 import pytest
+from tolerance import assert_accurate, assert_close
 
 from bench import conformance_cases
 from bench.conformance_cases import Case, inputs
 from jaxattn import Causal, dot_product_attention
-from tests.tolerance import assert_accurate, assert_close
 
 oracle = pytest.importorskip("oracle.attention")
 

@@ -7,8 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from expressions import B, N, expressions
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerance import assert_close
 
 import jaxattn
 from jaxattn import (
@@ -25,8 +27,6 @@ from jaxattn import (
     Window,
     masks,
 )
-from tests.expressions import B, N, expressions
-from tests.tolerance import assert_close
 
 
 def picture(text: str) -> np.ndarray:

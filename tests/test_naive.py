@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
+from tolerance import assert_close
 
 from jaxattn import Causal, Lengths, attention_weights, dot_product_attention
-from tests.tolerance import assert_close
 
 
 def random(*shape, seed=0, dtype=np.float32):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerance import assert_close
 
 import jaxattn
 from jaxattn import online_softmax
-from tests.tolerance import assert_close
 
 ROWS, S, H = 6, 12, 4
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from expressions import B, N, expressions, static_leaves
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,7 +26,6 @@ from jaxattn import (
 )
 from jaxattn.masks import EMPTY, FULL, PARTIAL
 from jaxattn.tiles import Plan, plan, tile_codes
-from tests.expressions import B, N, expressions, static_leaves
 
 SIZES = st.sampled_from([(12, 12, 4, 4), (12, 12, 3, 5), (9, 20, 4, 3), (1, 17, 1, 4), (17, 5, 8, 8), (7, 7, 16, 16)])
 
