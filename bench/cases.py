@@ -378,15 +378,25 @@ def pairs(mask: str, T: int, S: int) -> float:
     >>> pairs("causal", 4, 4), pairs("full", 2, 3), pairs("causal & window(1, 0)", 4, 4)
     (8.0, 6.0, 7.0)
     """
-    text = mask.replace(" ", "")
-    if text == "full":
-        return float(T * S)
-    if text == "causal" and T == S:
+    terms = conjunction(mask)
+    if terms is None:
+        step = max(1, (1 << 22) // S)
+        starts = range(0, T, step)
+        return float(sum(int(allowed_rows(mask, np.arange(i, min(T, i + step)), T, S).sum()) for i in starts))
+    if terms.keys() == {"causal"} and T == S:
         return T * S / 2
-    step = max(1, (1 << 22) // S)
-    return float(
-        sum(int(allowed_rows(mask, np.arange(start, min(T, start + step)), T, S).sum()) for start in range(0, T, step))
-    )
+    t = np.arange(T)
+    low, high = np.zeros(T, np.int64), np.full(T, S - 1)
+    if "causal" in terms:
+        high = np.minimum(high, t)
+    if "window" in terms:
+        left, right = terms["window"]
+        low, high = np.maximum(low, t - left), np.minimum(high, t + right)
+    if "documents" in terms:
+        (n,) = terms["documents"]
+        document = t * n // T
+        low, high = np.maximum(low, -(-document * S // n)), np.minimum(high, -(-(document + 1) * S // n) - 1)
+    return float(np.maximum(0, high - low + 1).sum())
 
 
 def inputs(problem: Problem) -> dict[str, np.ndarray]:
