@@ -1,0 +1,110 @@
+"""Made checkpoints, and pickles that are broken or hostile."""
+
+import dataclasses
+import pickle
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+from jaxattn import llama  # noqa: E402
+from oracle import checkpoint, parity  # noqa: E402
+from oracle import llama as reference  # noqa: E402
+from oracle.attention import to_numpy  # noqa: E402
+
+NARROW = checkpoint.Shapes(layers=1, vocabulary=256, mlp=16)
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory):
+    """The attention shapes of Llama-3.2-1B, with a small MLP and vocabulary."""
+    return checkpoint.make(tmp_path_factory.mktemp("narrow"), shapes=NARROW)
+
+
+def test_default_shapes_are_those_of_llama_3_2_1b():
+    config = llama.LlamaConfig.from_hf(checkpoint.hf_config().to_dict())
+    published = dataclasses.replace(llama.LLAMA_3_2_1B, vocab_size=2048, n_layers=2)
+    assert dataclasses.replace(config, dtype="bfloat16") == published
+
+
+def test_attention_is_as_peaked_as_a_trained_model_s(narrow):
+    model = checkpoint.load_model(narrow)
+    ids = np.random.default_rng(0).integers(0, 256, (1, 256))
+    case = reference.layer_case(model, reference.attention_input(model, ids), "float32")
+    assert reference.peakedness({name: t.value for name, t in case.targets.items()}, case.mask) >= 0.3
+
+
+def test_the_same_seed_makes_the_same_file_and_another_seed_another(tmp_path):
+    files = [
+        checkpoint.make(tmp_path / str(i), shapes=checkpoint.TINY, seed=seed) / "model.safetensors"
+        for i, seed in enumerate((3, 3, 4))
+    ]
+    contents = [file.read_bytes() for file in files]
+    assert contents[0] == contents[1] != contents[2]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("form", ["safetensors", "sharded", "bin"])
+def test_every_form_is_read_bit_for_bit(tmp_path, form, dtype):
+    checkpoint.make(tmp_path, shapes=checkpoint.TINY, form=form, dtype=dtype)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert ("pytorch_model.bin" in names) == (form == "bin")
+    assert ("model.safetensors.index.json" in names) == (form == "sharded")
+    tensors = parity.checkpoint_tensors(tmp_path)
+    state = checkpoint.random_model(checkpoint.TINY).to(getattr(torch, dtype)).state_dict()
+    del state["lm_head.weight"]
+    assert set(tensors) == set(state)
+    for name, value in state.items():
+        assert tensors[name].tobytes() == to_numpy(value).tobytes()
+        assert tensors[name].dtype == dtype
+    config = llama.LlamaConfig.from_folder(tmp_path)
+    assert llama.load(config, tensors).n_layers == 2
+
+
+def test_a_pickle_with_code_is_refused_and_nothing_is_run(tmp_path):
+    path, witness = tmp_path / "pytorch_model.bin", tmp_path / "run"
+
+    class Touch:
+        def __reduce__(self):
+            return (open, (str(witness), "w"))
+
+    torch.save({"a": Touch()}, path)
+    with pytest.raises(ValueError, match="nothing in it was run"):
+        checkpoint.read_pickle(path)
+    path.write_bytes(pickle.dumps(Touch()))
+    with pytest.raises(ValueError, match="nothing in it was run"):
+        checkpoint.read_pickle(path)
+    assert not witness.exists()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
+def test_a_broken_pickle_gives_one_error_that_names_it(tmp_path, damage):
+    path = tmp_path / "pytorch_model.bin"
+    checkpoint.write_pickle(path, {"a": np.ones(1000)})
+    content = path.read_bytes()
+    path.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "text": b"hello"}[damage])
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin cannot be read"):
+        checkpoint.read_pickle(path)
+
+
+def test_a_pickle_of_something_else_is_named(tmp_path):
+    torch.save([torch.ones(1)], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match="holds a list"):
+        checkpoint.read_pickle(tmp_path / "list.pt")
+    torch.save({"a": torch.ones(1), "b": "text"}, tmp_path / "mixed.pt")
+    with pytest.raises(ValueError, match="'b'"):
+        checkpoint.read_pickle(tmp_path / "mixed.pt")
+
+
+def test_what_is_neither_folder_nor_hub_id_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="neither config.json nor params.json".replace(".", r"\.")):
+        checkpoint.find(tmp_path)
+    with pytest.raises(FileNotFoundError, match="neither a folder nor a hub id"):
+        checkpoint.find(tmp_path / "nowhere" / "at" / "all")
+
+
+def test_wrong_options_write_nothing(tmp_path):
+    with pytest.raises(ValueError, match="dtype='int8'"):
+        checkpoint.make(tmp_path / "x", dtype="int8")
+    assert not (tmp_path / "x").exists()

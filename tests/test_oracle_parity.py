@@ -1,0 +1,152 @@
+"""The comparison with torch, and that it can fail: every planted fault is caught, and taken out again."""
+
+import contextlib
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+from jaxattn import llama  # noqa: E402
+from oracle import __main__ as command  # noqa: E402
+from oracle import checkpoint, faults, parity  # noqa: E402
+from oracle import llama as reference  # noqa: E402
+from oracle.faults import FAULTS, Fault  # noqa: E402
+
+TOKENS = 80  # two key blocks of `parity.BLOCK`
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return checkpoint.make(tmp_path_factory.mktemp("tiny"), shapes=checkpoint.TINY, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def subject(folder):
+    ids = np.random.default_rng(0).integers(0, 64, (1, TOKENS))
+    return parity.llama_subject(folder, checkpoint.load_model(folder), ids, name="tiny", layer=1, first_position=50)
+
+
+@pytest.fixture(scope="module")
+def partial():
+    return parity.partial_subject()
+
+
+@pytest.fixture(scope="module")
+def cases(subject, partial):
+    return {s.name: s.case("float32") for s in (subject, partial)}
+
+
+@pytest.fixture(scope="module")
+def layer_file(folder, tmp_path_factory):
+    path = tmp_path_factory.mktemp("layer") / "attn_layer_1.pt"
+    assert command.main(["extract", "--checkpoint", str(folder), "--layer", "1", "--out", str(path)]) == 0
+    return path
+
+
+@pytest.mark.parametrize("implementation", ["naive", "blockwise"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_stage_equals_hugging_face_s(subject, dtype, implementation):
+    rows = parity.compare(subject, subject.case(dtype), dtype, parity.implementation(implementation))
+    assert [row.stage for row in rows] == [*reference.STAGES, "vs torch layer"]
+    assert all(row.verdict for row in rows), "\n".join(map(str, rows))
+
+
+def test_partial_rotary_equals_stablelm_s(partial, cases):
+    rows = parity.compare(partial, cases[partial.name], "float32", "naive")
+    assert all(row.verdict for row in rows), "\n".join(map(str, rows))
+
+
+PLANTED = [(fault, name) for fault in FAULTS for name in fault.implementations]
+
+
+@pytest.mark.parametrize(("fault", "name"), PLANTED, ids=[f"{fault.name}-{name}" for fault, name in PLANTED])
+def test_a_planted_fault_is_caught_with_a_margin_of_ten_and_taken_out_again(subject, partial, cases, fault, name):
+    where = partial if fault.partial else subject
+    before = faults._patchable()
+    caught = faults.catch(fault, where, cases[where.name], parity.implementation(name))
+    assert caught.margin >= 10, caught
+    assert bool(caught)
+    assert faults._patchable() == before
+
+
+def test_a_fault_that_changes_nothing_is_not_called_caught(subject, cases):
+    nothing = Fault("nothing", contextlib.nullcontext)
+    caught = faults.catch(nothing, subject, cases[subject.name], "naive")
+    assert not caught
+    assert caught.margin < 1
+    assert caught.stage is None
+    assert not faults.catch(
+        Fault("nothing", contextlib.nullcontext, raises=True), subject, cases[subject.name], "naive"
+    )
+
+
+def test_hugging_face_s_layer_is_sound_and_an_unsound_one_is_noticed(folder, subject, monkeypatch):
+    model = checkpoint.load_model(folder)
+    assert reference.hugging_face_is_sound(model, subject.x) == []
+    run = reference.run_stages
+    monkeypatch.setattr(reference, "run_stages", lambda m, r, x, p, mask, kind=None: run(m, r, x, p, mask | True, kind))
+    assert "not causal" in reference.hugging_face_is_sound(model, subject.x)[0]
+
+
+def test_the_layer_file_holds_the_weights_under_hugging_face_s_names(layer_file, folder, capsys):
+    saved = torch.load(layer_file, weights_only=True)
+    state = checkpoint.load_model(folder).model.layers[1].self_attn.state_dict()
+    assert set(saved) == {*state, "inv_freq", "attention_scaling"}
+    assert all(torch.equal(saved[name], value) for name, value in state.items())
+    assert saved["inv_freq"].shape == (8,)
+    assert command.main(["extract", "--checkpoint", str(folder), "--out", str(layer_file) + "2"]) == 0
+    assert "(d_model=32, H=4, H_kv=2, d_head=16)" in capsys.readouterr().out
+
+
+def test_a_written_out_layer_is_hugging_face_s(layer_file, subject, cases):
+    case = reference.file_case(
+        checkpoint.read_pickle(layer_file), subject.x, "float32", positions=50 + np.arange(TOKENS)
+    )
+    for stage, target in cases[subject.name].targets.items():
+        np.testing.assert_allclose(case.targets[stage].value, target.value, atol=1e-13)
+
+
+def test_a_layer_file_is_compared_without_transformers(layer_file):
+    program = (
+        "import sys; sys.modules['transformers'] = None\n"
+        "from oracle.__main__ import main\n"
+        f"sys.exit(main(['--layer-file', {str(layer_file)!r}, '--tokens', '20']))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "36 of 36 rows pass" in done.stdout
+
+
+def test_the_command_fails_while_a_fault_is_in_place_and_writes_json(layer_file, tmp_path, capsys):
+    out = tmp_path / "parity.json"
+    arguments = ["--layer-file", str(layer_file), "--tokens", "20", "--json", str(out)]
+    with faults.planted(next(fault for fault in FAULTS if fault.name == "wrong scale")):
+        assert command.main(arguments) == 1
+    assert "FAIL" in capsys.readouterr().out
+    rows = json.loads(out.read_text())["rows"]
+    failed = {row["stage"] for row in rows if row["dtype"] == "float32" and not row["passes"]}
+    assert failed == {"log_sum_exp", "context", "output", "vs torch layer"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["extract", "--layer", "7", "--out", "x.pt"], "--layer 7 must be from 0 to 1"),
+        (["--layer-file", "nowhere.pt"], "nowhere.pt does not exist"),
+        (["--checkpoint", "no/such/checkpoint"], "neither a folder nor a hub id"),
+    ],
+)
+def test_wrong_arguments_give_one_line_and_status_2(folder, arguments, words, capsys):
+    if arguments[0] == "extract":
+        arguments = [*arguments, "--checkpoint", str(folder)]
+    assert command.main(arguments) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_weights_are_read_by_jaxattn_from_the_checkpoint_s_own_files(folder, subject):
+    expected = llama.Safetensors(folder)["model.layers.1.self_attn.k_proj.weight"]
+    np.testing.assert_array_equal(subject.weights["k_proj.weight"], expected)
