@@ -43,8 +43,20 @@ def parts(folder: Path) -> list[Part]:
     return [
         Part("parity", "every stage against torch, planted faults", ("oracle",), 60),
         Part("cases", "every implementation beside every other", cases_argv, 260),
-        Part("traffic", "bytes moved, modelled for this GPU", ("bench", "traffic"), 40, "traffic"),
-        Part("counters", "hardware counters beside the model", ("bench", "counters"), 60, "counters"),
+        Part(
+            "traffic",
+            "bytes moved, modelled for this GPU",
+            ("bench", "traffic", "--out", str(folder / "traffic")),
+            40,
+            "traffic",
+        ),
+        Part(
+            "counters",
+            "hardware counters beside the model",
+            ("bench", "counters", "--out", str(folder / "counters")),
+            60,
+            "counters",
+        ),
         Part("tune", "the shipped block sizes against their neighbours", ("bench", "tune"), 60, "tune"),
     ]
 

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+pytest.importorskip("matplotlib")
+
 from bench import commands, compare, plot, readme, report, results, run
 
 LABELS = {"jaxattn-naive": False, "jaxattn-blockwise": True, "torch-sdpa-flash": True}

@@ -8,6 +8,9 @@ import sys
 
 import pytest
 
+pytest.importorskip("torch")
+pytest.importorskip("matplotlib")
+
 from bench import adapters, cases, child, environment, measure, results, run
 from bench.cases import Problem
 
