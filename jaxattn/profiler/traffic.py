@@ -214,7 +214,8 @@ def _fusion_accesses(fusion: Instruction) -> Iterator[Access]:
         if root is None:
             yield Access(fusion, index, leaf.bytes, True)
         else:
-            yield Access(fusion, index, root.operands[1].shape.bytes, True, root)
+            update = root.operands[1 if root.opcode == "dynamic-update-slice" else 2].shape.bytes
+            yield Access(fusion, index, update, True, root if root.opcode == "dynamic-update-slice" else None)
 
 
 def _update_root(root: Instruction, index: tuple[int, ...]) -> Instruction | None:
@@ -223,7 +224,8 @@ def _update_root(root: Instruction, index: tuple[int, ...]) -> Instruction | Non
         root = root.operands[index[0]]
     while root.opcode == "bitcast":
         root = root.operands[0]
-    return root if root.opcode == "dynamic-update-slice" else None
+    single_scatter = root.opcode == "scatter" and len(root.operands) == 3
+    return root if root.opcode == "dynamic-update-slice" or single_scatter else None
 
 
 def _touched(value: Instruction, root: Instruction) -> tuple[int, Instruction | None]:
@@ -235,8 +237,12 @@ def _touched(value: Instruction, root: Instruction) -> tuple[int, Instruction | 
             share, _ = _asked(user, root)
             size += round(share * user.shape.elements * value.shape.bytes / max(value.shape.elements, 1))
             slicer = user if user.opcode == "dynamic-slice" else slicer
+        elif user.opcode == "gather" and sliced:
+            size += user.shape.bytes
         elif user.opcode == "dynamic-update-slice" and sliced:
             continue  # its other elements stay where they are
+        elif user.opcode == "scatter" and sliced and user is root:
+            size += user.operands[-1].shape.bytes  # what the updates are combined with
         elif user.opcode in ("broadcast", "reshape") and value.opcode == "parameter":
             size += value.shape.bytes
         elif user.opcode in _LAZY and user is not root and user.shape.elements == value.shape.elements:

@@ -1,0 +1,315 @@
+"""Reports: print, group, compare, save, load, plot; and the two commands that are drawn from them."""
+
+import dataclasses
+import json
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax import lax
+
+from bench import counters, traffic
+from jaxattn.profiler import Report, profile
+from jaxattn.profiler.report import format_bytes
+
+
+def shape(*dims, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(dims, dtype)
+
+
+def softmax_of_product(x, y):
+    return jax.nn.softmax(x @ y)
+
+
+@pytest.fixture(scope="module")
+def report():
+    return profile(softmax_of_product, shape(256, 64), shape(64, 512))
+
+
+def test_totals_are_the_sums_of_the_rows(report):
+    assert report.requested.read == sum(row.read for row in report.rows)
+    assert report.requested.written == sum(row.written for row in report.rows)
+    assert sum(row.share for row in report.rows) == pytest.approx(1)
+    assert [row.bytes for row in report.rows] == sorted((row.bytes for row in report.rows), reverse=True)
+
+
+def test_compulsory_is_inputs_and_outputs_once(report):
+    assert report.compulsory.read == (256 * 64 + 64 * 512) * 4
+    assert report.compulsory.written == 256 * 512 * 4
+    assert report.dram.cold.read.low == report.compulsory.read
+
+
+def test_an_argument_that_is_not_used_is_not_compulsory():
+    assert profile(lambda x, unused: x + 1, shape(100), shape(1000)).compulsory.read == 400
+
+
+def test_flops_count_the_product(report):
+    assert 2 * 256 * 64 * 512 <= report.flops < 2 * 256 * 64 * 512 * 1.2
+
+
+@pytest.mark.parametrize("by", ["kernel", "source", "scope"])
+def test_groups_hold_all_bytes(report, by):
+    groups = report.group(by)
+    assert sum(g.read + g.written for g in groups) == report.requested.total
+    assert sum(g.kernels for g in groups) == len(report.rows)
+
+
+def test_sources_are_this_files_lines(report):
+    line = softmax_of_product.__code__.co_firstlineno + 1
+    assert any(row.source == f"{__file__}:{line}" for row in report.rows)
+
+
+def test_a_group_by_something_else_is_refused(report):
+    with pytest.raises(ValueError, match="by='line' must be"):
+        report.group("line")
+
+
+def test_saved_report_loads_as_it_was(report, tmp_path):
+    report.save(tmp_path / "report.json")
+    assert Report.load(tmp_path / "report.json") == report
+
+
+def test_another_file_is_refused(tmp_path):
+    (tmp_path / "other.json").write_text('{"format": 99}')
+    with pytest.raises(ValueError, match="no profiler report"):
+        Report.load(tmp_path / "other.json")
+
+
+def test_comparison_shows_both_and_their_ratio(report):
+    twice = profile(
+        lambda x, y: softmax_of_product(x, y) + softmax_of_product(x * 2, y), shape(256, 64), shape(64, 512)
+    )
+    text = report.compare(twice)
+    line = next(part for part in text.splitlines() if part.startswith("requested"))
+    assert f"{twice.requested.total / report.requested.total:.3g}x" in line
+    assert format_bytes(report.requested.total) in line
+
+
+def test_the_table_names_every_kind_of_number(report):
+    text = str(report)
+    for word in ("compulsory", "requested", "DRAM cold (model)", "DRAM warm (model)", "peak memory", "roofline"):
+        assert word in text
+    assert report.rows[0].name in text
+
+
+def test_plot_is_saved(report, tmp_path):
+    pytest.importorskip("matplotlib").use("Agg")
+    report.plot(tmp_path / "cpu.png")
+    rates = dataclasses.replace(report, peak_flops=1e15, bytes_per_s=4.8e12)
+    rates.plot(tmp_path / "gpu.png")
+    assert (tmp_path / "cpu.png").stat().st_size > 10_000
+    assert (tmp_path / "gpu.png").stat().st_size > 10_000
+
+
+def test_bound_is_the_slower_of_memory_and_arithmetic(report):
+    moved = report.dram.cold.total.low
+    fast_memory = dataclasses.replace(report, peak_flops=1e9, bytes_per_s=1e15)
+    assert fast_memory.bound_us == pytest.approx(report.flops / 1e9 * 1e6)
+    slow_memory = dataclasses.replace(report, peak_flops=1e15, bytes_per_s=1e6)
+    assert slow_memory.bound_us == pytest.approx(moved)
+    assert dataclasses.replace(report, peak_flops=0).bound_us is None
+
+
+def test_an_operation_that_is_not_known_is_modelled_by_its_operands_and_outputs():
+    report = profile(jnp.sort, shape(4096))
+    (row,) = [r for r in report.rows if "sort" in r.scope]
+    assert row.confidence == "modelled"
+    assert (row.read, row.written) == (4096 * 4, 4096 * 4)
+
+
+def test_slices_count_what_they_touch():
+    read = profile(lambda x, i: lax.dynamic_slice(x, (i, 0), (4, 64)) * 2, shape(4096, 64), shape(dtype=jnp.int32))
+    assert read.requested.read <= 4 * 64 * 4 + 16
+    taken = profile(lambda x, i: x[i], shape(100_000, 64), shape(8, dtype=jnp.int32))
+    assert taken.requested.read < 8 * 64 * 4 * 4
+
+
+def test_slice_behind_arithmetic_counts_what_it_touches():
+    def fn(x, i):
+        return lax.dynamic_slice(jnp.sin(x) * 3, (i, 0), (4, 64))
+
+    assert profile(fn, shape(4096, 64), shape(dtype=jnp.int32)).requested.read < 4096
+
+
+def test_a_small_transformers_training_step_is_profiled_in_5_seconds_over_its_compile_time():
+    def layer(x, w):
+        q, k, v = (x @ w[name] for name in "qkv")
+        x = x + jax.nn.softmax(q @ k.mT) @ v
+        return x + jax.nn.gelu(x @ w["up"]) @ w["down"]
+
+    def step(weights, x):
+        def loss(weights):
+            return lax.scan(lambda x, w: (layer(x, w), None), x, weights)[0].var()
+
+        return jax.tree.map(lambda p, g: p - 0.1 * g, weights, jax.grad(loss)(weights))
+
+    weights = {name: shape(6, 128, 128) for name in "qkv"} | {"up": shape(6, 128, 512), "down": shape(6, 512, 128)}
+    x = shape(4, 256, 128)
+    start = time.process_time()
+    jax.jit(step).lower(weights, x).compile()
+    compiled = time.process_time() - start
+    start = time.process_time()
+    report = profile(step, weights, x)
+    assert time.process_time() - start < compiled + 5
+    assert {row.calls for row in report.rows} >= {1, 6}
+
+
+# --- bench traffic
+
+
+def traffic_data(**changes):
+    def row(name, length, requested, low, high):
+        half = {"low": low // 2, "high": high // 2}
+        return {
+            "implementation": f"jaxattn-{name}",
+            "label": traffic.LABELS[name],
+            "keys": length,
+            "requested": {"read": requested // 2, "written": requested // 2},
+            "dram": {"read": half, "written": half},
+            "compulsory": 1000 * length,
+            "peak": 0,
+            "launches": 3,
+            "flops": 1,
+            "unknown": [],
+            "notes": [],
+        }
+
+    rows = []
+    for n in (1024, 4096):
+        rows += [row("naive", n, 8 * n * n, 6 * n * n, 7 * n * n), row("blockwise", n, 9 * n * n, 4000 * n, 5000 * n)]
+        rows.append(row("triton", n, n * n, 1000 * n, 1000 * n))
+    shape_of = {"batch": 1, "heads": 8, "head_dim": 64, "dtype": "bfloat16", "mask": "causal"}
+    data = {"target": "h200", "target_name": "NVIDIA H200", "cache_bytes": 1 << 20, "is_cpu": False, "is_here": False}
+    return {**data, "shape": shape_of, "rows": rows, **changes}
+
+
+def test_traffic_table_shows_ratios_also_below_one_and_why():
+    text = traffic.table(traffic_data())
+    assert "0.889x" in text  # blockwise asks for 9/8 of what naive asks for
+    assert traffic.WHY_XLA_WRITES in text
+    assert "no GPU was used" in text
+    assert "(model)" in text
+
+
+def test_traffic_on_a_cpu_says_how_little_it_says():
+    assert traffic.CPU_SAYS_LITTLE in traffic.table(traffic_data(is_cpu=True, is_here=True))
+    assert traffic.CPU_SAYS_LITTLE not in traffic.table(traffic_data())
+
+
+def test_traffic_names_what_could_not_be_compiled():
+    data = traffic_data()
+    data["rows"].append(
+        {"implementation": "jaxattn-triton", "label": "kernel", "keys": 8192, "reason": "ImportError: x"}
+    )
+    assert "ImportError: x" in traffic.table(data)
+
+
+def test_traffic_picture_is_drawn_from_its_json_alone(tmp_path):
+    pytest.importorskip("matplotlib")
+    (tmp_path / "traffic.json").write_text(json.dumps(traffic_data()))
+    assert traffic.main(["--draw", str(tmp_path / "traffic.json")]) == 0
+    assert (tmp_path / "traffic.png").stat().st_size > 10_000
+
+
+def test_traffic_of_this_cpu_orders_the_implementations():
+    data = traffic.traffic_results(None, lengths=(512,))
+    rows = {row["implementation"]: row for row in data["rows"] if "reason" not in row}
+    assert "jaxattn-naive" in rows
+    assert "jaxattn-triton" in rows
+    naive, kernel = rows["jaxattn-naive"], rows["jaxattn-triton"]
+    assert traffic.total(naive, "requested") > 10 * traffic.total(kernel, "requested")
+    row_bytes = 512 * 8 * 64 * 2
+    own = 4 * row_bytes + 512 * 8 * 4  # q, k, v, output and log-sum-exp
+    assert traffic.total(kernel, "dram") == pytest.approx(own, rel=0.03)
+
+
+def test_traffic_for_a_target_without_wheels_says_how_to_get_them(tmp_path, capsys):
+    assert traffic.main(["--target", "h200", "--wheels", str(tmp_path)]) == 2
+    assert "python -m jaxattn.profiler wheels" in capsys.readouterr().err
+
+
+# --- bench counters. The numbers in this table are made up: they come of no GPU, and are plotted nowhere.
+
+MADE_UP_CSV = """==PROF== Connected to process 1 (python)
+"ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size","Grid Size","Device","CC",\
+"dram__bytes_read.sum","dram__bytes_write.sum","gpu__time_duration.sum","lts__t_sectors_op_read.sum",\
+"lts__t_sectors_op_write.sum"
+"","","","","","","","","","","","byte","byte","nsecond","sector","sector"
+"0","1","python","127.0.0.1","loop_add_fusion_1","1","7","(128, 1, 1)","(8, 1, 1)","0","9.0",\
+"1,000","200","5,000","40","10"
+"1","1","python","127.0.0.1","loop_add_fusion_1","1","7","(128, 1, 1)","(8, 1, 1)","0","9.0",\
+"1,100","300","6,000","40","10"
+"2","1","python","127.0.0.1","attention_forward","1","7","(128, 1, 1)","(8, 1, 1)","0","9.0","50","60","7,000","80","20"
+"3","1","python","127.0.0.1","stray_kernel","1","7","(128, 1, 1)","(8, 1, 1)","0","9.0","1","1","1","1","1"
+"""
+
+
+def test_counters_are_read_by_name_and_order():
+    launches = counters.parse(MADE_UP_CSV)
+    assert [launch.kernel for launch in launches] == [*["loop_add_fusion_1"] * 2, "attention_forward", "stray_kernel"]
+    first = launches[0]
+    assert (first.dram_read, first.dram_written, first.l2_write_sectors, first.time_ns) == (1000, 200, 10, 5000)
+
+
+def test_counters_in_larger_units_are_scaled():
+    text = MADE_UP_CSV.replace('"byte","byte","nsecond"', '"Kbyte","byte","usecond"')
+    assert (counters.parse(text)[0].dram_read, counters.parse(text)[0].time_ns) == (1e6, 5e6)
+
+
+def test_counters_without_a_table_give_the_tools_own_error():
+    with pytest.raises(ValueError, match="ERR_NVGPUCTRPERM"):
+        counters.parse("==ERROR== ERR_NVGPUCTRPERM - The user does not have permission")
+    with pytest.raises(ValueError, match="no kernel was profiled"):
+        counters.parse("")
+    with pytest.raises(ValueError, match=r"no dram__bytes_read\.sum"):
+        counters.parse(MADE_UP_CSV.replace("dram__bytes_read.sum", "other"))
+
+
+def report_rows():
+    row = {"opcode": "fusion", "share": 0.0, "confidence": "exact"}
+    return [
+        {**row, "name": "loop_add_fusion.1", "calls": 2, "read": 2040, "written": 640},
+        {**row, "name": "attention_forward", "calls": 3, "read": 500, "written": 640},
+        {**row, "name": "loop-lost", "calls": 1, "read": 1, "written": 1},
+    ]
+
+
+def test_counters_are_joined_to_rows_and_the_rest_is_named():
+    launches = counters.parse(MADE_UP_CSV)
+    joined, remarks = counters.join(report_rows(), launches, launches)
+    assert [(row.kernel, row.launches) for row in joined] == [("loop_add_fusion_1", 2), ("attention_forward", 1)]
+    assert joined[0].dram_read_cold == 2100
+    assert joined[0].l2_written == 20 * 32
+    assert len(remarks) == 3
+    assert "attention_forward: 3 calls in the report, 1 launches" in remarks
+    assert "loop_lost: in the report, never launched" in remarks
+    assert "stray_kernel: launched, in no row of the report" in remarks
+
+
+def test_counters_are_checked_three_ways():
+    launches = counters.parse(MADE_UP_CSV)
+    joined = counters.join(report_rows(), launches, launches)[0][:1]
+    model = {"read": {"low": 2000, "high": 3000}, "written": {"low": 500, "high": 600}}
+    reads, writes, whole = counters.checks(joined, launches, model, cache_bytes=80)
+    assert "DRAM reads" in reads.what
+    assert reads.holds  # 2100 of 2040
+    assert "sectors" in writes.what
+    assert writes.holds  # 640 of 640
+    assert whole.holds  # 2712 lies in 2500 to 3600
+    low = {"read": {"low": 0, "high": 100}, "written": {"low": 0, "high": 100}}
+    assert not counters.checks(joined, launches, low, cache_bytes=80)[-1].holds
+    strict = [dataclasses.replace(joined[0], dram_read_cold=2200, l2_written=500)]
+    assert [check.holds for check in counters.checks(strict, launches, model, 80)] == [False, False, True]
+
+
+def test_counters_without_gpu_or_tool_say_which_is_missing(monkeypatch, capsys):
+    monkeypatch.setattr(counters.environment, "nvidia_gpu", lambda: None)
+    monkeypatch.setattr(counters.shutil, "which", lambda name: None)
+    assert counters.main([]) == 2
+    text = capsys.readouterr().err
+    assert "no NVIDIA GPU" in text
+    assert "ncu" in text
+    monkeypatch.setattr(counters.environment, "nvidia_gpu", lambda: "NVIDIA H100")
+    assert counters.main([]) == 2
+    assert "no NVIDIA GPU" not in capsys.readouterr().err
