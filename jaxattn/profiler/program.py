@@ -57,7 +57,10 @@ class Program:
 
     def _jitted(self, kernel: Callable) -> Any:
         def change(equation, _, descend):
-            return kernel(equation) if _kind(equation) == "pallas_call" else descend(equation)
+            if _kind(equation) == "pallas_call":
+                return kernel(equation)
+            equation = descend(equation)
+            return _unpartitioned(equation) if _kind(equation) == "custom_partitioning" else equation
 
         run = core.jaxpr_as_fun(rewrite(self.jaxpr, change))
 
@@ -189,13 +192,23 @@ def _compiled_kernel(equation):
 def _opaque_kernel(equation):
     """A call of the same arguments and results that XLA cannot see into and that nobody ever runs."""
     results = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.outvars]
-    arguments = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars]
 
     def call(*operands):
         return jax.pure_callback(_never_run, results, *operands)
 
-    (stand_in,) = jax.make_jaxpr(jax.jit(call))(*arguments).eqns
-    return stand_in.replace(invars=equation.invars, outvars=equation.outvars, source_info=equation.source_info)
+    return _calling(call, equation)
+
+
+def _unpartitioned(equation):
+    """What there is to partition, on the one device that is profiled; to be asked for needs devices."""
+    return _calling(core.jaxpr_as_fun(equation.params["call"]), equation)
+
+
+def _calling(fn: Callable, equation):
+    """An equation of the same inputs and outputs that calls `fn`."""
+    shapes = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype, weak_type=v.aval.weak_type) for v in equation.invars]
+    (call,) = jax.make_jaxpr(jax.jit(fn))(*shapes).eqns
+    return call.replace(invars=equation.invars, outvars=equation.outvars, source_info=equation.source_info)
 
 
 def _never_run(*_):
