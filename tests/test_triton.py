@@ -1,5 +1,6 @@
 """The Triton kernels, through Pallas' interpreter against the definition, and lowered for CUDA without a GPU."""
 
+import functools
 import sys
 import warnings
 
@@ -7,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxattn import (
     Causal,
@@ -164,6 +167,31 @@ def test_rows_past_the_end_add_nothing_under_a_large_bias():
     q, k, v = operands(1, 17, 16, 1, 1, 16)
     actual = gradients(TINY, q, k, v, np.full((1, 1), 1e3, np.float32))
     assert all(np.isfinite(x).all() for x in actual)
+
+
+def test_batch_and_heads_sharded_over_devices_need_no_collective():
+    q, k, v = operands(2, 20, 20, 4, 2, 16)
+    ids = np.sort(random(2, 20) * 3).astype(np.int32)
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    heads, data = NamedSharding(mesh, P("data", None, "model")), NamedSharding(mesh, P("data"))
+
+    def run(q, k, v, ids):
+        mask = Causal() & SegmentIds(ids)
+        out, pullback = jax.vjp(lambda *x: dot_product_attention(*x, mask=mask, implementation=TINY), q, k, v)
+        return out, pullback(out)
+
+    expected = _compiled(run)(q, k, v, ids)
+    sharded = [jax.device_put(x, heads) for x in (q, k, v)]
+    program = _compiled(run).lower(*sharded, jax.device_put(ids, data)).compile()
+    names = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+    assert not [name for name in names if name in program.as_text()]
+    assert_close(jax.device_get(program(*sharded, jax.device_put(ids, data))), expected)
+
+
+def test_vmap_maps_the_kernel():
+    q, k, v = operands(2, 20, 20, 2, 2, 16)
+    mapped = _compiled(jax.vmap(functools.partial(dot_product_attention, is_causal=True, implementation=TINY)))
+    assert_close(mapped(q, k, v), attention(TINY, q, k, v, is_causal=True)[0])
 
 
 def test_lowers_for_cuda_without_a_gpu():

@@ -12,8 +12,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import json
 import math
 import warnings
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -24,10 +26,14 @@ from jax.experimental import pallas as pl
 
 from jaxattn import online_softmax, tiles
 from jaxattn.impl.base import Implementation, Problem, dot_precision
-from jaxattn.masks import FULL, PARTIAL, Mask
+from jaxattn.impl.partition import independent
+from jaxattn.masks import FULL, PARTIAL, Full, Mask
 
 _LOG2_E = math.log2(math.e)
 _MAX_HEAD_DIM = 256
+_SHORT = 1024  # queries; the tuning table has one row for up to so many and one for more
+_DECODE_ROWS = 32  # at most so many query rows make a decoding tile
+_TABLE = Path(__file__).with_name("triton_table.json")
 _L2_SHARE_BYTES = 16 << 20  # keys and values that programs running together may re-read: a third of an H100's L2
 
 
@@ -61,8 +67,8 @@ class Triton(Implementation):
     """Attention as Pallas kernels through Triton, for NVIDIA GPUs of compute capability 8.0 and later.
 
     Args:
-      block_q, block_k, num_warps, num_stages: the forward kernel's `Tiling`; None takes `default_tilings`'.
-      dq, dkv: tilings of the backward kernels, for dq, and for dk and dv; None takes `default_tilings`'.
+      block_q, block_k, num_warps, num_stages: the forward kernel's `Tiling`; None takes `default_tiling`.
+      dq, dkv: tilings of the backward kernels, for dq, and for dk and dv; None takes `default_tiling`.
       splits: into how many parts, a power of two, the keys of a row are split, to be merged afterwards; None splits
         where a few rows read many keys (decoding).
       precision: of float32 matrix products; None is full float32.
@@ -104,7 +110,12 @@ class Triton(Implementation):
     @functools.partial(jax.jit, static_argnums=0)
     def attend(self, problem: Problem) -> tuple[jax.Array, jax.Array | None]:
         key = problem.key
-        forward, dq, dkv = default_tilings(max(key.shape[-1], problem.value.shape[-1]), key.dtype)
+        _, T, _, _, _, G = problem.sizes
+        head_dim, masked = max(key.shape[-1], problem.value.shape[-1]), not isinstance(problem.mask, Full)
+        forward, dq, dkv = [
+            default_tiling(kernel, head_dim, key.dtype, masked, T, _device_names())
+            for kernel in ("decode" if T * G <= _DECODE_ROWS else "forward", "dq", "dkv")
+        ]
         config = _Config(
             forward=self._override(forward),
             dq=self.dq or dq,
@@ -125,20 +136,60 @@ class Triton(Implementation):
         return dataclasses.replace(tiling, **{name: value for name, value in given.items() if value is not None})
 
 
-def default_tilings(head_dim: int, dtype) -> tuple[Tiling, Tiling, Tiling]:
-    """Tilings of the forward kernel, of dq, and of dk and dv, that compile without spilling."""
+def default_tiling(
+    kernel: str, head_dim: int, dtype, masked: bool = True, length: int = 0, devices: tuple[str, ...] = ("9.0",)
+) -> Tiling:
+    """The tiling that a kernel takes where none is given.
+
+    Of the rows of `triton_table.json` that fit, the one for the first of `devices`, then for the smallest head dim.
+    The table is written by `python -m bench tune`: rows for a compute capability are picked by a rule from what the
+    compiler says of each tiling, rows for a device by name were measured on it.
+
+    Args:
+      kernel: "forward", "dq", "dkv", or "decode", the forward kernel where all query rows fit a small tile.
+      head_dim: the larger of the key's and the value's.
+      dtype: of the operands. float32, which has no tensor cores here, has tilings of its own.
+      masked: whether there is any mask.
+      length: number of queries.
+      devices: names to look for, as "h100" or a compute capability, most wanted first.
+
+    Example:
+      >>> default_tiling("decode", 64, "bfloat16").block_q
+      16
+    """
     if jnp.dtype(dtype).itemsize == 4:
-        return (Tiling(64, 32, 4, 2),) * 3
-    if head_dim <= 64:
-        return Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 2), Tiling(64, 128, 8, 2)
-    if head_dim <= 128:
-        return Tiling(128, 64, 8, 3), Tiling(128, 64, 8, 2), Tiling(64, 64, 8, 2)
-    return Tiling(64, 32, 4, 2), Tiling(64, 32, 4, 2), Tiling(32, 32, 4, 2)
+        return Tiling(16 if kernel == "decode" else 64 if head_dim <= 128 else 32, 32 if head_dim <= 128 else 16, 4, 2)
+    wanted = {"kernel": kernel, "masked": masked, "long": length > _SHORT}
+    fitting = [
+        row
+        for row in json.loads(_TABLE.read_text())
+        if row["device"] in devices
+        and row["head_dim"] >= head_dim
+        and all(row.get(name, value) == value for name, value in wanted.items())
+    ]
+    best = min(fitting, key=lambda row: (devices.index(row["device"]), row["head_dim"], -len(row)))
+    return Tiling(*best["tiling"])
 
 
 def _backend():
     """Imported when used: the backend is deprecated since jax 0.11, and the library must load without it."""
     return importlib.import_module("jax.experimental.pallas.triton")
+
+
+def _device_names() -> tuple[str, ...]:
+    """The device here and its compute capability, as the tuning table has them; newer ones take 9.0's rows."""
+    if jax.default_backend() != "gpu":
+        return ("9.0",)
+    device = jax.local_devices()[0]
+    kind = device.device_kind.lower().replace("-", " ").split()
+    return *(word for word in kind if any(map(str.isdigit, word))), "9.0" if _capability(device) >= 9 else "8.0"
+
+
+def _capability(device) -> float:
+    try:
+        return float(device.compute_capability)
+    except (AttributeError, ValueError):
+        return 0.0
 
 
 def _device_refusal() -> str | None:
@@ -147,9 +198,8 @@ def _device_refusal() -> str | None:
     if jax.default_backend() != "gpu":
         return f"the kernels need an NVIDIA GPU, and JAX runs on {jax.default_backend()}; {hint}"
     device = jax.local_devices()[0]
-    try:
-        capability = float(device.compute_capability)
-    except (AttributeError, ValueError):
+    capability = _capability(device)
+    if not capability:
         return f"the kernels need an NVIDIA GPU, not {device.device_kind}; {hint}"
     if capability < 8:
         return f"the kernels need compute capability 8.0, and {device.device_kind} has {capability}; {hint}"
@@ -174,17 +224,43 @@ class _Config:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(config: _Config, query, key, value, bias, mask):
     """The output and, where `residual` asks for it, the log-sum-exp."""
-    return _forward(config, query, key, value, bias, mask)
+    arrays = (query, key, value, bias, mask)
+    layout, visits = _lay_out(config.forward, *arrays)
+    axes_in = (*_axes(*arrays), layout.axes(visits))
+    axes_out = ("b.n.", "b.n") if config.residual else ("b.n.",)
+    return independent(functools.partial(_forward, config, layout), axes_in, axes_out)(*arrays, visits)
 
 
-def _attention_fwd(config, query, key, value, bias, mask):
-    out, lse = _forward(dataclasses.replace(config, residual=True), query, key, value, bias, mask)
-    return (out, lse) if config.residual else (out,), (query, key, value, bias, mask, out, lse)
+def _attention_fwd(config, *arrays):
+    out, lse = _attention(dataclasses.replace(config, residual=True), *arrays)
+    return (out, lse) if config.residual else (out,), (*arrays, out, lse)
 
 
 def _attention_bwd(config, residuals, cotangents):
+    *arrays, out, lse = residuals
     d_out, *d_lse = cotangents
-    return (*_backward(config, *residuals, d_out, d_lse[0] if d_lse else 0), None)  # a mask has no gradient
+    # Where no key is attended the log-sum-exp is a constant, and its cotangent may well be NaN.
+    d_lse = jnp.where(lse == -jnp.inf, 0, d_lse[0]) if d_lse else jnp.zeros_like(lse)
+    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - d_lse
+    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * _LOG2_E)  # absent rows get p = exp2(x - inf) = 0
+    operands, axes = (*arrays, d_out.astype(out.dtype), lse, delta), (*_axes(*arrays), "b.n.", "b.n", "b.n")
+
+    def run(function, tiling, axes_out, summed, **options):
+        layout, visits = _lay_out(tiling, *arrays, **options)
+        function = functools.partial(function, config, layout)
+        return independent(function, (*axes, layout.axes(visits)), axes_out, summed)(*operands, visits)
+
+    (dq,) = run(_dq, config.dq, ("b.n.",), ("",))
+    dk, dv = run(_dkv, config.dkv, ("b.k.", "b.k."), ("", ""), by_key=True)
+    d_bias, bias = None, arrays[3]
+    if bias is not None:  # shards add up where one bias serves many batch elements or heads
+        summed = "".join(letter for letter, n in zip("bn", bias.shape, strict=False) if n == 1)
+        (d_bias,) = run(_d_bias, config.dq, ("bn..",), (summed,), by_tile=True)
+    return dq, dk, dv, d_bias, None  # a mask has no gradient
+
+
+def _axes(query, key, value, bias, mask):
+    return "b.n.", "b.k.", "b.k.", None if bias is None else "bn..", mask.axes()
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
@@ -206,8 +282,52 @@ def _columns(visits: tiles.Visits) -> _Columns | None:
     if isinstance(visits.count, np.ndarray) and not visits.count.any():
         return None
     if visits.runs is not None:
-        return _Columns(visits.runs, None)
-    return _Columns(jnp.stack([jnp.zeros_like(visits.count), visits.count], -1)[..., None, :], visits.index)
+        return _Columns(jnp.asarray(visits.runs), None)
+    bounds = jnp.stack([jnp.zeros_like(visits.count), visits.count], -1)[..., None, :]
+    return _Columns(bounds, jnp.asarray(visits.index))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Layout:
+    """How one kernel covers the problem; nothing here depends on how many batch elements or heads a device has.
+
+    Attributes:
+      tiling: its tiles no larger than the whole.
+      heads: query heads of a group in one tile.
+      plan_axis: "n" where visits are planned by query head, "k" by key/value head.
+      reverse: whether the last rows of tiles are the longest.
+      clears: whether keys that no query reads, which may hold NaN, must be cleared in PARTIAL tiles.
+    """
+
+    tiling: Tiling
+    heads: int
+    plan_axis: str
+    reverse: bool
+    clears: bool
+
+    def axes(self, visits):
+        """Letters of the visits' axes, for `independent`."""
+        return jax.tree.map(lambda x: "b" + self.plan_axis + "." * (x.ndim - 2), visits)
+
+
+def _lay_out(tiling: Tiling, query, key, value, bias, mask, by_key=False, by_tile=False):
+    """The layout of a kernel, and what it visits: PARTIAL and FULL columns by row of tiles, or all codes."""
+    (_, T, N, _), (_, S, K, _) = query.shape, key.shape
+    G = N // K
+    rows = T if by_tile else T * G
+    blocks = [min(block, _power(n)) for block, n in ((tiling.block_q, rows), (tiling.block_k, S))]
+    tiling = dataclasses.replace(tiling, block_q=blocks[0], block_k=blocks[1])
+    heads = 1
+    if by_key or (tiling.block_q > T and not by_tile):  # one head's queries would not fill a tile, or all are needed
+        heads = max(d for d in range(1, G + 1) if G % d == 0 and d <= tiling.block_q)
+    plan_axis = "k" if by_key or heads > 1 else "n"
+    plan = tiles.plan(mask, T, S, tiling.block_q // heads, tiling.block_k, K if plan_axis == "k" else N)
+    clears = not _reads_every_key(mask, plan, T, S)
+    plan = plan.transpose() if by_key else plan
+    layout = _Layout(tiling, heads, plan_axis, _heaviest_last(plan), clears)
+    if by_tile:
+        return layout, jnp.asarray(plan.codes, jnp.int32)
+    return layout, (_columns(plan.partial), _columns(plan.full))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,11 +339,17 @@ class _Tile:
     """
 
     config: _Config
-    tiling: Tiling
+    layout: _Layout
     sizes: tuple[int, int, int, int, int, int]
-    heads: int
     has_bias: bool
-    clears: bool  # whether keys that no query reads, which may hold NaN, must be cleared in PARTIAL tiles
+
+    @property
+    def tiling(self) -> Tiling:
+        return self.layout.tiling
+
+    @property
+    def heads(self) -> int:
+        return self.layout.heads
 
     @property
     def tokens(self) -> int:
@@ -241,6 +367,9 @@ class _Tile:
     @property
     def _plain(self) -> bool:
         return not self.has_bias and self.config.soft_cap is None and self.config.scale > 0
+
+    def row_of_plan(self, group):
+        return group if self.layout.plan_axis == "n" else self.key_head(group)
 
     def key_head(self, group):
         return _divmod(group, self.sizes[5] // self.heads)[0]
@@ -268,7 +397,7 @@ class _Tile:
         allowed = mask.allows(t, s, functools.partial(_take, b, n))
         allowed = jnp.broadcast_to(allowed, np.broadcast_shapes(t.shape, s.shape))
         allowed = _and(allowed, key_there)
-        return _and(allowed, row_there) if self.clears else allowed
+        return _and(allowed, row_there) if self.layout.clears else allowed
 
     def logits(self, product, bias_ref, b, n, t, s):
         """x from the product q k, where the logits are `factor` x ln 2, and the soft cap's derivative (None for 1)."""
@@ -378,7 +507,7 @@ def _walk(columns: _Columns, b, group, i, part, parts, repeats=1):
     return lax.div(count * part, parts), lax.div(count * (part + 1), parts), column
 
 
-def _place(groups: int, heaviest_last: bool):
+def _place(tile: _Tile, groups: int):
     """Batch element, group of heads, row of tiles and part of this program.
 
     Programs start in this order: the heads whose other operands stay in L2 together, for one row of tiles after the
@@ -386,12 +515,12 @@ def _place(groups: int, heaviest_last: bool):
     """
     head = pl.program_id(2) * pl.num_programs(0) + pl.program_id(0)
     i = pl.program_id(1)
-    i = pl.num_programs(1) - 1 - i if heaviest_last else i
+    i = pl.num_programs(1) - 1 - i if tile.layout.reverse else i
     return *_divmod(head, groups), i, pl.program_id(3)
 
 
-def _forward_kernel(q_ref, k_ref, v_ref, bias_ref, mask, partial, full, out_ref, lse_ref=None, *, tile: _Tile, order):
-    b, group, i, part = _place(tile.groups, order)
+def _forward_kernel(q_ref, k_ref, v_ref, bias_ref, mask, visits, out_ref, lse_ref=None, *, tile: _Tile):
+    b, group, i, part = _place(tile, tile.groups)
     t, n, there = [_down(x) for x in tile.rows(i, group)]
     k_head, c = tile.key_head(group), tile.factor
     q = _load_heads(q_ref, b, t, n, there)
@@ -399,7 +528,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, bias_ref, mask, partial, full, out_ref,
     def visit(columns, masked, state):
         if columns is None:
             return state
-        first, stop, column = _walk(columns, b, group, i, part, pl.num_programs(3))
+        first, stop, column = _walk(columns, b, tile.row_of_plan(group), i, part, pl.num_programs(3))
 
         def body(visited, state):
             m, l, o = state
@@ -408,7 +537,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, bias_ref, mask, partial, full, out_ref,
             x, _ = tile.logits(_dot(q, k.T, tile.config.precision), bias_ref, b, n, t, _across(s))
             if masked:
                 allowed = tile.allowed(mask, b, n, t, _across(s), there, _across(inside))
-                x, inside = jnp.where(allowed, x, -jnp.inf), _any(allowed, 0) if tile.clears else inside
+                x, inside = jnp.where(allowed, x, -jnp.inf), _any(allowed, 0) if tile.layout.clears else inside
             m_next = jnp.maximum(m, x.max(1))
             shift = online_softmax.finite(m_next) * c
             alpha, p = tile.exp2(m, -shift), tile.exp2(x, -shift[:, None])
@@ -420,8 +549,8 @@ def _forward_kernel(q_ref, k_ref, v_ref, bias_ref, mask, partial, full, out_ref,
 
     h, inside = _head(v_ref.shape[-1])
     state = online_softmax.start((tile.tiling.block_q,), h.shape[1])
-    state = visit(partial, True, tuple(state))  # in this order the compiler overlaps the products of the longer loop
-    m, l, o = visit(full, False, state)
+    partial, full = visits  # in this order the compiler overlaps the products of the longer loop
+    m, l, o = visit(full, False, visit(partial, True, tuple(state)))
     absent = l == 0
     total = jnp.where(absent, 1, l)
     _store(out_ref, (part, b, t, n, h), o / total[:, None], _and(there, inside))
@@ -430,23 +559,18 @@ def _forward_kernel(q_ref, k_ref, v_ref, bias_ref, mask, partial, full, out_ref,
         _store(lse_ref, (part, b, t, n), lse[:, None], there)
 
 
-def _forward(config: _Config, query, key, value, bias, mask):
-    sizes = _sizes(query, key)
-    B, T, S, N, _, G = sizes
-    tiling = _fit(config.forward, T * G, S)
-    tile = _Tile(config, tiling, sizes, _packed_heads(T, G, tiling.block_q), bias is not None, False)
-    plan = tiles.plan(mask, T, S, tile.tokens, tiling.block_k, tile.groups)
-    tile = dataclasses.replace(tile, clears=not _reads_every_key(mask, plan, T, S))
+def _forward(config: _Config, layout: _Layout, query, key, value, bias, mask, visits):
+    tile = _Tile(config, layout, _sizes(query, key), bias is not None)
+    B, T, S, N, K, _ = tile.sizes
     parts = config.splits or _default_splits(tile)
-    rows = (parts, *query.shape[:3])
+    rows = (parts, B, T, N)
     outputs = [((*rows, value.shape[3]), query.dtype if parts == 1 else jnp.float32), (rows, jnp.float32)]
     out, *lse = _call(
-        functools.partial(_forward_kernel, tile=tile, order=_heaviest_last(plan)),
-        config,
-        tiling,
-        _grid(B * tile.groups, plan.codes.shape[2], parts, _bytes_per_head(key, value) / (tile.groups / sizes[4])),
+        functools.partial(_forward_kernel, tile=tile),
+        tile,
+        _grid(B * tile.groups, pl.cdiv(T, tile.tokens), parts, _bytes_per_head(key, value) * K / tile.groups),
         outputs if config.residual or parts > 1 else outputs[:1],
-        (query, key, value, bias, _with_axes(mask), _columns(plan.partial), _columns(plan.full)),
+        (query, key, value, bias, _with_axes(mask), visits),
         "attention_forward",
     )
     while parts > 1:
@@ -455,10 +579,8 @@ def _forward(config: _Config, query, key, value, bias, mask):
     return out[0].astype(query.dtype), *(x[0] for x in lse if config.residual)
 
 
-def _dq_kernel(
-    q_ref, k_ref, v_ref, bias_ref, d_out_ref, lse_ref, delta_ref, mask, partial, full, dq_ref, *, tile: _Tile, order
-):
-    b, group, i, _ = _place(tile.groups, order)
+def _dq_kernel(q_ref, k_ref, v_ref, bias_ref, mask, d_out_ref, lse_ref, delta_ref, visits, dq_ref, *, tile: _Tile):
+    b, group, i, _ = _place(tile, tile.groups)
     t, n, there = [_down(x) for x in tile.rows(i, group)]
     k_head = tile.key_head(group)
     q, d_out = [_load_heads(ref, b, t, n, there) for ref in (q_ref, d_out_ref)]
@@ -467,14 +589,14 @@ def _dq_kernel(
     def visit(columns, masked, dq):
         if columns is None:
             return dq
-        first, stop, column = _walk(columns, b, group, i, 0, np.int32(1))
+        first, stop, column = _walk(columns, b, tile.row_of_plan(group), i, 0, np.int32(1))
 
         def body(visited, dq):
             s, inside = tile.keys(column(visited)) if masked else (tile.keys(column(visited))[0], None)
             allowed = None
             if masked:
                 allowed = tile.allowed(mask, b, n, t, _across(s), there, _across(inside))
-                inside = _any(allowed, 0) if tile.clears else inside
+                inside = _any(allowed, 0) if tile.layout.clears else inside
             k, v = [_load_heads(ref, b, _down(s), k_head, _down(inside)) for ref in (k_ref, v_ref)]
             product, dp = _dot(q, k.T, tile.config.precision), _dot(d_out, v.T, tile.config.precision)
             _, ds = _weights(tile, product, dp, allowed, lse, delta, bias_ref, b, n, t, _across(s))
@@ -482,17 +604,17 @@ def _dq_kernel(
 
         return lax.fori_loop(first, stop, body, dq)
 
+    partial, full = visits
     dq = visit(full, False, visit(partial, True, jnp.zeros(q.shape)))
     h, inside = _head(q_ref.shape[-1])
     _store(dq_ref, (b, t, n, h), dq * tile.config.scale, _and(there, inside))
 
 
 def _dkv_kernel(
-    q_ref, k_ref, v_ref, bias_ref, d_out_ref, lse_ref, delta_ref, mask, partial, full, dk_ref, dv_ref,
-    *, tile: _Tile, order,
-):  # fmt: skip
+    q_ref, k_ref, v_ref, bias_ref, mask, d_out_ref, lse_ref, delta_ref, visits, dk_ref, dv_ref, *, tile: _Tile
+):
     _, _, _, _, K, G = tile.sizes
-    b, k_head, j, part = _place(K, order)
+    b, k_head, j, _ = _place(tile, K)
     s, inside = [_down(x) for x in tile.keys(j)]
     k, v = [_load_heads(ref, b, s, k_head, inside) for ref in (k_ref, v_ref)]
     repeats = G // tile.heads  # a group too large for one tile is visited piece by piece
@@ -500,7 +622,7 @@ def _dkv_kernel(
     def visit(columns, masked, state):
         if columns is None:
             return state
-        first, stop, column = _walk(columns, b, k_head, j, part, pl.num_programs(3), repeats)
+        first, stop, column = _walk(columns, b, k_head, j, 0, np.int32(1), repeats)
 
         def body(visited, state):
             dk, dv = state
@@ -516,14 +638,15 @@ def _dkv_kernel(
 
         return lax.fori_loop(first, stop, body, state)
 
+    partial, full = visits
     state = visit(partial, True, (jnp.zeros(k.shape), jnp.zeros(v.shape)))
     for ref, value, scale in zip((dk_ref, dv_ref), visit(full, False, state), (tile.config.scale, 1), strict=True):
         h, real = _head(ref.shape[-1])
-        _store(ref, (part, b, s, k_head, h), value * scale, _and(inside, real))
+        _store(ref, (b, s, k_head, h), value * scale, _and(inside, real))
 
 
 def _d_bias_kernel(
-    q_ref, k_ref, v_ref, bias_ref, d_out_ref, lse_ref, delta_ref, mask, codes, d_bias_ref, *, tile: _Tile
+    q_ref, k_ref, v_ref, bias_ref, mask, d_out_ref, lse_ref, delta_ref, codes, d_bias_ref, *, tile: _Tile
 ):
     """One tile of the bias' gradient, summed over the batch elements, heads and tiles that it was broadcast to."""
     B, _, _, N, _, _ = tile.sizes
@@ -541,7 +664,7 @@ def _d_bias_kernel(
             t, _, there = [_down(x) for x in tile.rows(i, n)]
             s, inside = tile.keys(j)
             allowed = tile.allowed(mask, b, n, t, _across(s), there, _across(inside))
-            read = _down(_any(allowed, 0) if tile.clears else inside)
+            read = _down(_any(allowed, 0) if tile.layout.clears else inside)
             q, d_out = [_load_heads(ref, b, t, n, there) for ref in (q_ref, d_out_ref)]
             k, v = [_load_heads(ref, b, _down(s), tile.key_head(n), read) for ref in (k_ref, v_ref)]
             lse, delta = _load(lse_ref, (b, t, n), there, jnp.inf), _load(delta_ref, (b, t, n), there)
@@ -573,67 +696,52 @@ def _weights(tile: _Tile, product, dp, allowed, lse, delta, bias_ref, b, n, t, s
     p = tile.exp2(x, -lse)
     ds = p * (dp - delta)
     ds = ds if slope is None or not through_cap else ds * slope
-    return p, jnp.where(allowed, ds, 0) if allowed is not None and tile.clears else ds
+    return p, jnp.where(allowed, ds, 0) if allowed is not None and tile.layout.clears else ds
 
 
-def _backward(config: _Config, query, key, value, bias, mask, out, lse, d_out, d_lse):
-    """dq, dk, dv and the bias' gradient, each tile summed by one program in a fixed order: the same bits every time."""
-    sizes = _sizes(query, key)
-    B, T, S, N, K, G = sizes
-    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - d_lse
-    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse * _LOG2_E)  # absent rows get p = exp2(x - inf) = 0
-    operands = (query, key, value, bias, d_out.astype(query.dtype), lse, delta, _with_axes(mask))
-
-    def cut(tiling, heads, groups):
-        tile = _Tile(config, tiling, sizes, heads, bias is not None, False)
-        plan = tiles.plan(mask, T, S, tile.tokens, tiling.block_k, groups)
-        return dataclasses.replace(tile, clears=not _reads_every_key(mask, plan, T, S)), plan
-
-    tiling = _fit(config.dq, T * G, S)
-    heads = _packed_heads(T, G, tiling.block_q)
-    tile, plan = cut(tiling, heads, N // heads)
-    (dq,) = _call(
-        functools.partial(_dq_kernel, tile=tile, order=_heaviest_last(plan)),
-        config,
-        tiling,
-        _grid(B * tile.groups, plan.codes.shape[2], 1, _bytes_per_head(key, value) / (tile.groups / K)),
+def _dq(config: _Config, layout: _Layout, query, key, value, bias, mask, d_out, lse, delta, visits):
+    tile = _Tile(config, layout, _sizes(query, key), bias is not None)
+    B, T, _, _, K, _ = tile.sizes
+    return _call(
+        functools.partial(_dq_kernel, tile=tile),
+        tile,
+        _grid(B * tile.groups, pl.cdiv(T, tile.tokens), 1, _bytes_per_head(key, value) * K / tile.groups),
         ((query.shape, query.dtype),),
-        (*operands, _columns(plan.partial), _columns(plan.full)),
+        (query, key, value, bias, _with_axes(mask), d_out, lse, delta, visits),
         "attention_dq",
     )
 
-    tiling = _fit(config.dkv, T * G, S)
-    tile, plan = cut(tiling, _packed_heads(0, G, tiling.block_q), K)
-    plan = plan.transpose()
-    dk, dv = _call(
-        functools.partial(_dkv_kernel, tile=tile, order=_heaviest_last(plan)),
-        config,
-        tiling,
-        _grid(B * K, plan.codes.shape[2], 1, _bytes_per_head(query, d_out) * G),
-        [((1, *x.shape), x.dtype) for x in (key, value)],
-        (*operands, _columns(plan.partial), _columns(plan.full)),
+
+def _dkv(config: _Config, layout: _Layout, query, key, value, bias, mask, d_out, lse, delta, visits):
+    """dk and dv, each tile summed by one program in a fixed order: the same bits every time."""
+    tile = _Tile(config, layout, _sizes(query, key), bias is not None)
+    B, _, S, _, K, G = tile.sizes
+    return _call(
+        functools.partial(_dkv_kernel, tile=tile),
+        tile,
+        _grid(B * K, pl.cdiv(S, tile.tiling.block_k), 1, _bytes_per_head(query, d_out) * G),
+        [(x.shape, x.dtype) for x in (key, value)],
+        (query, key, value, bias, _with_axes(mask), d_out, lse, delta, visits),
         "attention_dkv",
     )
 
-    d_bias = None
-    if bias is not None:
-        tiling = _fit(config.dq, T, S)
-        tile, plan = cut(tiling, 1, N)
-        blocks = [1 if size == 1 else count for size, count in zip(bias.shape[2:], plan.codes.shape[2:], strict=True)]
-        (d_bias,) = _call(
-            functools.partial(_d_bias_kernel, tile=tile),
-            config,
-            tiling,
-            (blocks[1], blocks[0], bias.shape[0] * bias.shape[1]),
-            ((bias.shape, jnp.float32),),
-            (*operands, jnp.asarray(plan.codes, jnp.int32)),
-            "attention_d_bias",
-        )
-        d_bias = d_bias.astype(bias.dtype)
-    return dq, dk[0], dv[0], d_bias
+
+def _d_bias(config: _Config, layout: _Layout, query, key, value, bias, mask, d_out, lse, delta, codes):
+    tile = _Tile(config, layout, _sizes(query, key), has_bias=True)
+    blocks = [1 if size == 1 else count for size, count in zip(bias.shape[2:], codes.shape[2:], strict=True)]
+    (d_bias,) = _call(
+        functools.partial(_d_bias_kernel, tile=tile),
+        tile,
+        (blocks[1], blocks[0], bias.shape[0] * bias.shape[1]),
+        ((bias.shape, jnp.float32),),
+        (query, key, value, bias, _with_axes(mask), d_out, lse, delta, codes),
+        "attention_d_bias",
+    )
+    return (d_bias.astype(bias.dtype),)
 
 
-def _call(kernel, config: _Config, tiling: Tiling, grid, outputs, operands, name: str):
+def _call(kernel, tile: _Tile, grid, outputs, operands, name: str):
+    tiling = tile.tiling
     # Raised when the kernel is lowered, later than here; the filter holds for this one message.
     warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
     return pl.pallas_call(
@@ -641,8 +749,8 @@ def _call(kernel, config: _Config, tiling: Tiling, grid, outputs, operands, name
         out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in outputs],
         grid=grid,
         compiler_params=_backend().CompilerParams(num_warps=tiling.num_warps, num_stages=tiling.num_stages),
-        interpret=config.interpret,
-        name=name,
+        interpret=tile.config.interpret,
+        name=f"{name}_{tiling.block_q}x{tiling.block_k}_{tiling.num_warps}w{tiling.num_stages}s",
     )(*operands)
 
 
@@ -657,19 +765,8 @@ def _sizes(query, key) -> tuple[int, int, int, int, int, int]:
     return B, T, S, N, K, N // K
 
 
-def _fit(tiling: Tiling, rows: int, keys: int) -> Tiling:
-    """The tiling, its tiles no larger than the whole."""
-    blocks = [min(block, _power(n)) for block, n in ((tiling.block_q, rows), (tiling.block_k, keys))]
-    return dataclasses.replace(tiling, block_q=blocks[0], block_k=blocks[1])
-
-
 def _power(size: int) -> int:
     return max(pl.next_power_of_2(size), 16)
-
-
-def _packed_heads(T: int, G: int, block_q: int) -> int:
-    """Query heads per tile: the whole group, or most of it, where the queries of one head would not fill a tile."""
-    return max(d for d in range(1, G + 1) if G % d == 0 and d <= block_q) if block_q > T else 1
 
 
 def _bytes_per_head(*arrays) -> int:
