@@ -7,6 +7,7 @@ exit status is 0 only where every row passes and every fault is caught.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -47,6 +48,12 @@ def _parser() -> argparse.ArgumentParser:
     extract = commands.add_parser("extract", parents=[common], help="save one attention layer as a torch dict")
     extract.add_argument("--out", metavar="FILE", required=True, help="where to write, as attn_layer_0.pt")
     extract.set_defaults(run=run_extract)
+    diff = commands.add_parser("diff", parents=[common], help="name the first stage that differs, and why")
+    diff.add_argument("--ours", metavar="DUMP.npz", help="stages of other code; without it those of jaxattn's layer")
+    diff.add_argument("--save", metavar="FILE.npz", help="write the layer's input and torch's stages, to compare with")
+    diff.add_argument("--implementation", default="naive", help="of jaxattn's layer (default naive)")
+    diff.add_argument("--tokens", type=int, default=256, help="length of the comparison (default 256)")
+    diff.set_defaults(run=run_diff)
     return parser
 
 
@@ -72,6 +79,30 @@ def run_extract(args) -> int:
     return 0
 
 
+def run_diff(args) -> int:
+    """The first stage that differs from torch, and the usual mistake that explains it; status 1 where one
+    differs."""
+    from oracle import checkpoint, diff, parity
+
+    _quiet()
+    with _checkpoint(args) as folder:
+        model = checkpoint.load_model(folder)
+        _check_layer(args.layer, model.config.num_hidden_layers)
+        ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, args.tokens))
+        subject = parity.llama_subject(folder, model, ids, name="llama", layer=args.layer)
+    case = subject.case("float32")
+    if args.save:
+        diff.write_dump(args.save, case)
+        print(f"wrote {args.save}: x, positions and torch's stages")
+    if args.ours:
+        ours = diff.read_dump(args.ours)
+    else:
+        ours = parity.our_stages(subject, case, parity.implementation(args.implementation))
+    diagnosis = diff.diagnose(case, ours, theta=subject.config.rope.theta)
+    print(diagnosis)
+    return 0 if diagnosis.stage is None else 1
+
+
 def run_parity(args) -> int:
     """The parity table, the planted faults, and the verdict."""
     from oracle import faults, parity
@@ -92,6 +123,19 @@ def run_parity(args) -> int:
             rows += _compare(subject, dtypes, names, cases[subject.name])
             main_subject = main_subject or subject
             partial_subject = subject
+    with _tiny() as tiny:
+        # Explicit loops are compiled score by score: a short run of them.
+        for name, dtype, sizes in (
+            ("naive", "float32", {}),
+            ("blockwise", "float32", {}),
+            ("triton", "float32", {}),
+            ("loops", "float32", dict(tokens=4, new_tokens=4)),
+            ("naive", "bfloat16", dict(tokens=64)),
+            ("blockwise", "bfloat16", dict(tokens=64)),
+        ):
+            found = parity.compare_model(tiny, "tiny llama, whole", dtype, parity.implementation(name), **sizes)
+            print("\n".join(map(str, found)), flush=True)
+            rows += found
     print(
         f"\nPlanted faults, float32; margin = error / allowed error, at least {faults.LEAST_MARGIN:g}\n{faults.HEADER}"
     )
@@ -122,8 +166,7 @@ def _subjects(args, folder, problems: list[str]):
     yield subject, ("float32", "bfloat16"), names
     later = parity.llama_subject(folder, model, ids, name="llama from 1000", layer=args.layer, first_position=1000)
     yield later, ("float32",), names
-    with tempfile.TemporaryDirectory() as tiny:
-        checkpoint.make(tiny, shapes=checkpoint.TINY, form="sharded")
+    with _tiny() as tiny:
         ids = np.random.default_rng(0).integers(0, checkpoint.TINY.vocabulary, (1, 12))
         subject = parity.llama_subject(tiny, checkpoint.load_model(tiny), ids, name="tiny llama")
     yield subject, ("float32", "bfloat16"), ("loops", "triton")
@@ -172,6 +215,14 @@ def _finish(args, rows, caught, problems, start: float) -> int:
         Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
         print(f"wrote {args.json}")
     return 1 if wrong or missed or problems else 0
+
+
+@contextlib.contextmanager
+def _tiny():
+    from oracle import checkpoint
+
+    with tempfile.TemporaryDirectory(prefix="jaxattn-oracle-") as folder:
+        yield checkpoint.make(folder, shapes=checkpoint.TINY, form="sharded")
 
 
 class _checkpoint:

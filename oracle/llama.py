@@ -50,6 +50,9 @@ class Case:
     weights: dict[str, np.ndarray]
     targets: dict[str, Target]
     plain_output: np.ndarray
+    inv_freq: np.ndarray
+    attention_scaling: float
+    scale: float
 
 
 def layer_case(model, x: np.ndarray, dtype: str, *, layer: int = 0, positions=None, mask=None) -> Case:
@@ -70,7 +73,7 @@ def layer_case(model, x: np.ndarray, dtype: str, *, layer: int = 0, positions=No
     (1, 6, 2, 16)
     """
     rotary = model.model.rotary_emb
-    return _case(model.model.layers[layer].self_attn, rotary, run_stages, x, dtype, positions, mask)
+    return _case(model.model.layers[layer].self_attn, rotary, rotary, run_stages, x, dtype, positions, mask)
 
 
 def file_case(tensors: dict[str, np.ndarray], x: np.ndarray, dtype: str, *, positions=None, mask=None) -> Case:
@@ -86,10 +89,10 @@ def file_case(tensors: dict[str, np.ndarray], x: np.ndarray, dtype: str, *, posi
     (1, 3, 32)
     """
     module = WrittenOut(tensors)
-    return _case(module, module.tables, WrittenOut.stages, x, dtype, positions, mask)
+    return _case(module, module.tables, module, WrittenOut.stages, x, dtype, positions, mask)
 
 
-def _case(module, rotary, run, x, dtype: str, positions, mask) -> Case:
+def _case(module, rotary, frequencies, run, x, dtype: str, positions, mask) -> Case:
     B, T, _ = x.shape
     x = to_torch(np.asarray(x, np.float64)).to(_DTYPES[dtype])
     positions = np.broadcast_to(np.arange(T) if positions is None else positions, (B, T)).copy()
@@ -119,6 +122,9 @@ def _case(module, rotary, run, x, dtype: str, positions, mask) -> Case:
         weights={name: to_numpy(value) for name, value in tested.state_dict().items()},
         targets=targets,
         plain_output=near["output"],
+        inv_freq=to_numpy(frequencies.inv_freq).astype(np.float64),
+        attention_scaling=float(frequencies.attention_scaling),
+        scale=float(module.scaling),
     )
 
 

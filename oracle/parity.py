@@ -16,10 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxattn import Blockwise, llama, rope
+from jaxattn import Blockwise, llama, nn, rope
 from oracle import checkpoint as checkpoint_
 from oracle import llama as reference
-from oracle.attention import Verdict, judge
+from oracle.attention import Target, Verdict, allowed, judge
+from oracle.attention import rmse as rmse_
 
 # Several key blocks per row at these lengths, or the accumulator would never be rescaled.
 BLOCK = 64
@@ -136,6 +137,80 @@ def checkpoint_tensors(folder: str | Path) -> Mapping[str, np.ndarray]:
     `oracle.checkpoint`."""
     pickles = checkpoint_.pickles(folder)
     return checkpoint_.read_pickles(pickles) if pickles else llama.Safetensors(folder)
+
+
+def compare_model(
+    folder: str | Path, name: str, dtype: str, implementation, *, tokens: int = 24, new_tokens: int = 64
+) -> list[Row]:
+    """The whole model on a left-padded batch of two: logits at every position, then greedy generation.
+
+    "logits": in float32 against Hugging Face's float32, the largest error at most 1e-4 of the largest logit;
+    in other dtypes by the accuracy rule. "greedy tokens": in float32 the share of generated tokens that
+    differ from those of Hugging Face's `generate` with its KV cache, which must be 0; in other dtypes the
+    choice after each prompt token, where the two best logits lie further apart than twice the largest error.
+
+    Args: folder: the checkpoint. dtype: "float32" or "bfloat16". tokens: T of the prompts. new_tokens: to
+    generate.
+    """
+    import torch
+
+    config = llama.LlamaConfig.from_folder(folder)
+    ids = np.random.default_rng(1).integers(0, config.vocab_size, (2, tokens))
+    padding = np.array([0, tokens // 4])
+    real = np.arange(tokens) >= padding[:, None]
+    model = llama.load(config, checkpoint_tensors(folder), implementation=implementation, param_dtype=jnp.dtype(dtype))
+    cache = model.init_cache(2, tokens + 1, start=jnp.asarray(padding))
+    ours, _ = nnx.jit(lambda model, ids, cache: model(ids, cache=cache))(model, jnp.asarray(ids), cache)
+    ours = np.asarray(ours, np.float64)[real]
+
+    def theirs(hf):
+        with torch.no_grad():
+            positions = torch.from_numpy(np.maximum(np.arange(tokens) - padding[:, None], 0))
+            out = hf(
+                torch.from_numpy(ids), attention_mask=torch.from_numpy(real.astype(np.int64)), position_ids=positions
+            )
+        return out.logits.double().numpy()[real]
+
+    hf = checkpoint_.load_model(folder, dtype)
+    near = theirs(hf)
+    if dtype == "float32":
+        difference = np.abs(ours - near)
+        rmse, bound = float(np.sqrt(np.mean(difference**2))), 1e-4 * float(np.abs(near).max())
+        reason = "" if difference.max() <= bound else f"max abs {difference.max() / bound:.3g} times the allowed error"
+        logits = Verdict("logits", rmse, float(difference.max()), bound, 0.0, reason)
+        chosen = nn.generate(model, jnp.asarray(ids), new_tokens, padding=jnp.asarray(padding))
+        expected = hf.generate(
+            torch.from_numpy(ids),
+            attention_mask=torch.from_numpy(real.astype(np.int64)),
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        wrong = np.asarray(chosen) != expected[:, tokens:].numpy()
+        first = f"; the first at step {int(np.argmax(wrong.any(0)))}" if wrong.any() else ""
+    else:
+        right = theirs(checkpoint_.load_model(folder, dtype).double())
+        with torch.no_grad():
+            head = hf.get_output_embeddings().weight.double().abs()
+            hidden = torch.from_numpy(np.asarray(model.norm.scale[...], np.float64)).abs()
+            size = (hidden @ head.T).numpy()
+        plain_rmse = rmse_(near, right)
+        target = Target(right, plain_rmse, allowed(plain_rmse, size, dtype))
+        logits = judge("logits", ours, target)
+        best = np.sort(right, -1)
+        error = np.abs(near - right).max(-1)
+        clear = best[:, -1] - best[:, -2] > 2 * np.maximum(error, np.quantile(error, 0.9))
+        if not clear.any():
+            raise ValueError("no position has a clear best token: the comparison of choices would prove nothing")
+        wrong = (ours.argmax(-1) != right.argmax(-1))[clear]
+        first = f" of {int(clear.sum())} clear choices"
+    share = float(wrong.mean())
+    reason = f"{int(wrong.sum())} tokens differ{first}" if wrong.any() else ""
+    tokens_verdict = Verdict("greedy tokens", share, float(wrong.any()), 0.0, 0.0, reason)
+    label = implementation if isinstance(implementation, str) else implementation.name
+    return [Row(name, label, dtype, verdict.name, verdict) for verdict in (logits, tokens_verdict)]
 
 
 def partial_subject(*, tokens: int = 64, seed: int = 0) -> Subject:

@@ -1,0 +1,289 @@
+"""The first stage that differs from torch, and which of the usual mistakes explains it.
+
+Design fact: a mistake is recognised, not guessed. For each usual mistake the stage that it would give is
+computed in NumPy from torch's stages before it; the mistake is named only where that lies ten times nearer
+to what was observed than the right result does. So the diagnosis works on anybody's stages, whatever code
+made them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from oracle.attention import Verdict, judge, rmse
+from oracle.llama import STAGES, Case
+
+_NEARER = 10.0
+_BLOCKS = (16, 32, 64, 128, 256, 512)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cause:
+    """A usual mistake: its name (that of the planted fault), what would put it right, and what it makes of a
+    stage."""
+
+    name: str
+    advice: str
+    stage: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Diagnosis:
+    """What differs first, from which position on, and why; `stage` is None where everything agrees."""
+
+    stage: str | None
+    verdict: Verdict | None = None
+    where: str = ""
+    cause: str | None = None
+    advice: str = ""
+
+    def __str__(self) -> str:
+        if self.stage is None:
+            return "every stage agrees"
+        why = f"it agrees with: {self.cause}. {self.advice}" if self.cause else "none of the usual mistakes explains it"
+        return f"{self.stage} differs {self.where} ({self.verdict.reason}); {why}"
+
+
+def diagnose(case: Case, ours: Mapping[str, np.ndarray], *, theta: float) -> Diagnosis:
+    """Find the first stage that differs from torch beyond the accuracy rule, and the mistake that explains
+    it.
+
+    Args:
+      case: torch's stages, of `oracle.llama`.
+      ours: stage -> array, heads as [B, T, N, H]; stages may be missing.
+      theta: base of the rotation's frequencies without scaling.
+
+    Returns: a `Diagnosis`.
+    Raises: ValueError where no stage is given, or a name is none of `oracle.llama.STAGES`.
+    """
+    unknown = sorted(set(ours) - set(STAGES))
+    if unknown or not ours:
+        raise ValueError(f"stages must be some of {', '.join(STAGES)}; got {', '.join(unknown) or 'none'}")
+    for stage in STAGES:
+        if stage not in ours:
+            continue
+        verdict = judge(stage, ours[stage], case.targets[stage])
+        if not verdict:
+            if ours[stage].shape != case.targets[stage].value.shape:
+                return Diagnosis(stage, verdict, "in shape")
+            observed = np.asarray(ours[stage], np.float64)
+            cause = _explain(case, stage, observed, theta)
+            where = _where(observed, case, stage)
+            return Diagnosis(stage, verdict, where, cause and cause.name, cause.advice if cause else "")
+    return Diagnosis(None)
+
+
+def read_dump(path: str | Path) -> dict[str, np.ndarray]:
+    """Stages from an `.npz` file; pickled objects in it are refused.
+
+    Raises: FileNotFoundError; ValueError where the file is no npz of plain arrays.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist")
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            return {name: content[name] for name in content.files if name in STAGES}
+    except (ValueError, OSError, EOFError, AttributeError) as error:
+        raise ValueError(f"{path} is no .npz of plain arrays: {error}") from error
+
+
+def write_dump(path: str | Path, case: Case) -> None:
+    """The layer's input (x, positions) and torch's stages as an `.npz`, for code that is to be compared."""
+    stages = {name: target.value.astype(np.float32) for name, target in case.targets.items()}
+    np.savez(Path(path), x=np.asarray(case.x, np.float32), positions=case.positions, **stages)
+
+
+def _where(observed: np.ndarray, case: Case, stage: str) -> str:
+    target = case.targets[stage]
+    axes = tuple(i for i in range(observed.ndim) if i != 1)
+    with np.errstate(invalid="ignore"):
+        errors = np.sqrt(np.mean((observed - target.value) ** 2, axis=axes))
+    wrong = ~(errors <= 5 * target.bound)
+    if not wrong.any():
+        return "slightly, everywhere"
+    first = int(np.argmax(wrong))
+    position = int(case.positions[0, first])
+    count = int(wrong.sum())
+    return f"from position {position} on" if wrong[first:].all() else f"at {count} positions, the first is {position}"
+
+
+def _explain(case: Case, stage: str, observed: np.ndarray, theta: float) -> Cause | None:
+    right = rmse(observed, case.targets[stage].value)
+    if not np.isfinite(right):  # infinities in the wrong place: judge by the spread of the other entries
+        finite = observed[np.isfinite(observed)]
+        right = float(finite.std()) if finite.size else 0.0
+    found, nearest = None, right / _NEARER
+    for cause in _CAUSES[stage](case, stage, theta):
+        error = rmse(observed, cause.stage)
+        if error <= nearest:
+            found, nearest = cause, error
+    return found
+
+
+def _projection_causes(case: Case, stage: str, _theta: float) -> Iterator[Cause]:
+    value = case.targets[stage].value
+    R = 2 * len(case.inv_freq)
+    order = np.arange(R).reshape(2, R // 2).T.ravel()
+    yield Cause(
+        "q and k rows in Meta's order",
+        "The rows of each head are interleaved: permute them (jaxattn.rope.to_half), or rotate interleaved pairs.",
+        np.concatenate([value[..., order], value[..., R:]], -1),
+    )
+    B, T, N, H = value.shape
+    yield Cause(
+        "head and dimension axes swapped",
+        "Reshape the projection to (heads, head_dim), not (head_dim, heads).",
+        value.reshape(B, T, H, N).swapaxes(2, 3) if N != H else value.swapaxes(2, 3),
+    )
+
+
+def _rotation_causes(case: Case, stage: str, theta: float) -> Iterator[Cause]:
+    x = case.targets[stage.removeprefix("rotated_")].value
+    H, R, positions = x.shape[-1], 2 * len(case.inv_freq), case.positions
+    unscaled = theta ** (-np.arange(0, R, 2) / R)
+
+    def rotated(inv_freq=case.inv_freq, positions=positions, interleaved=False, factor=case.attention_scaling):
+        return _rotate(x, positions, inv_freq, factor, interleaved)
+
+    yield Cause(
+        "RoPE layout swapped",
+        "Pairs are interleaved (2i, 2i + 1) where they should be split (i, i + R/2): permute the q and k rows "
+        "(jaxattn.rope.to_half), or rotate in the other layout.",
+        rotated(interleaved=True),
+    )
+    yield Cause(
+        "no Llama-3 scaling",
+        "The frequencies are theta ** (-2i/R) without the configuration's scaling rule: apply rope_scaling.",
+        rotated(inv_freq=unscaled, factor=1.0),
+    )
+    yield Cause("not rotated", "RoPE is missing here.", x)
+    yield Cause("rotated backwards", "The sine has the wrong sign.", rotated(inv_freq=-case.inv_freq))
+    yield Cause("positions off by one", "Positions start one too late.", rotated(positions=positions + 1))
+    yield Cause("positions off by one", "Positions start one too early.", rotated(positions=positions - 1))
+    yield Cause(
+        "positions start at 0",
+        "Add the offset: positions must go on where the earlier tokens end.",
+        rotated(positions=positions - positions[:, :1]),
+    )
+    if R < H:
+        yield Cause(
+            "whole head rotated, not a part",
+            f"Only the first {R} of {H} dimensions are rotated (partial_rotary_factor).",
+            rotated(inv_freq=theta ** (-np.arange(0, H, 2) / H)),
+        )
+
+
+def _attention_causes(case: Case, stage: str, _theta: float) -> Iterator[Cause]:
+    """Mistakes that show in the log-sum-exp already, and, after them, those that show in the context
+    alone."""
+    q, k, v = (case.targets[name].value for name in ("rotated_query", "rotated_key", "value"))
+    G, H, T = q.shape[2] // k.shape[2], q.shape[3], q.shape[1]
+    part = 1 if stage == "log_sum_exp" else 0
+    mask = np.broadcast_to(case.mask, (q.shape[0], 1, T, T))
+    one_more = mask | np.eye(T, k=1, dtype=bool)
+    repeated, tiled = (lambda y: np.repeat(y, G, 2)), (lambda y: np.tile(y, (1, 1, G, 1)))
+
+    def attend(keys=repeated, values=repeated, mask=mask, scale=case.scale):
+        return _attend(q, keys(k), values(v), mask, scale)[part]
+
+    tiling = "Query head n reads KV head n // (N / K): repeat each KV head N / K times, do not tile them."
+    yield Cause("KV heads tiled, not repeated", tiling, attend(keys=tiled, values=tiled))
+    yield Cause("mask off by one", "A query sees the key after itself: allow s <= t.", attend(mask=one_more))
+    strict = mask & ~np.eye(T, dtype=bool)
+    yield Cause("mask off by one", "A query does not see itself: allow s <= t.", attend(mask=strict))
+    yield Cause("no causal mask", "Every query sees every key.", attend(mask=np.ones_like(mask)))
+    right = f"Logits are multiplied by 1 / sqrt(H) = {case.scale:.4g}"
+    for wrong, text in ((1.0 / H, "1 / H"), (1.0, "1"), (case.x.shape[-1] ** -0.5, "1 / sqrt(D)")):
+        yield Cause("wrong scale", f"{right}, not by {text}.", attend(scale=wrong))
+    if stage == "context":
+        yield Cause("KV heads tiled, not repeated", f"The values are: {tiling}", attend(values=tiled))
+        for block in (b for b in _BLOCKS if b < T):
+            for partial_first in (False, True):
+                yield Cause(
+                    "accumulator not rescaled",
+                    "When the running maximum grows, multiply the accumulator by exp(old - new), as the sum.",
+                    _not_rescaled(q, repeated(k), repeated(v), mask, case.scale, block, partial_first),
+                )
+
+
+def _output_causes(case: Case, _stage: str, _theta: float) -> Iterator[Cause]:
+    context, weight = case.targets["context"].value, np.asarray(case.weights["o_proj.weight"], np.float64)
+    bias = np.asarray(case.weights.get("o_proj.bias", 0.0), np.float64)
+    B, T, N, H = context.shape
+    if weight.shape[0] == weight.shape[1]:
+        transposed = context.reshape(B, T, -1) @ weight + bias
+        yield Cause(
+            "output projection transposed", "torch's Linear keeps [out, in]: multiply by its transpose.", transposed
+        )
+    by_dimension = context.swapaxes(2, 3).reshape(B, T, -1) @ weight.T + bias
+    yield Cause(
+        "heads flattened in the wrong order", "Flatten [N, H], head first, before the projection.", by_dimension
+    )
+
+
+_CAUSES: dict[str, Callable[[Case, str, float], Iterator[Cause]]] = {
+    "query": _projection_causes,
+    "key": _projection_causes,
+    "value": _projection_causes,
+    "rotated_query": _rotation_causes,
+    "rotated_key": _rotation_causes,
+    "log_sum_exp": _attention_causes,
+    "context": _attention_causes,
+    "output": _output_causes,
+}
+
+
+def _rotate(x, positions, inv_freq, factor: float, interleaved: bool) -> np.ndarray:
+    R = 2 * len(inv_freq)
+    angles = (positions[..., None] * inv_freq)[:, :, None]
+    cos, sin = factor * np.cos(angles), factor * np.sin(angles)
+    at = (slice(0, R, 2), slice(1, R, 2)) if interleaved else (slice(0, R // 2), slice(R // 2, R))
+    a, b = x[..., at[0]], x[..., at[1]]
+    turned = x.copy()
+    turned[..., at[0]], turned[..., at[1]] = a * cos - b * sin, b * cos + a * sin
+    return turned
+
+
+def _logits(q, k, mask, scale: float) -> np.ndarray:
+    return np.where(mask, np.einsum("btnh,bsnh->bnts", q, k) * scale, -np.inf)
+
+
+def _attend(q, k, v, mask, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """(context [B, T, N, H], log-sum-exp [B, T, N]); rows that see nothing give 0 and -inf."""
+    logits_BNTS = _logits(q, k, mask, scale)
+    top = logits_BNTS.max(-1, keepdims=True)
+    top = np.where(np.isinf(top), 0, top)
+    terms_BNTS = np.exp(logits_BNTS - top)
+    total = terms_BNTS.sum(-1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        lse = (top + np.log(total))[..., 0].swapaxes(1, 2)
+    return np.einsum("bnts,bsnh->btnh", terms_BNTS / np.where(total == 0, 1, total), v), lse
+
+
+def _not_rescaled(q, k, v, mask, scale: float, block: int, partial_first: bool) -> np.ndarray:
+    """Online softmax over blocks of keys whose accumulator keeps what it gathered under old maxima."""
+    logits_BNTS = _logits(q, k, mask, scale)
+    T = q.shape[1]
+    full = np.broadcast_to(mask, logits_BNTS.shape)
+    out = np.empty(v.shape)
+    for start in range(0, T, block):
+        rows = slice(start, start + block)
+        tiles = [slice(s, s + block) for s in range(0, T, block) if full[:, :, rows, s : s + block].any()]
+        if partial_first:
+            tiles.sort(key=lambda tile: bool(full[:, :, rows, tile].all()))
+        m = np.full((*logits_BNTS.shape[:2], len(range(T)[rows])), -np.inf)
+        l, o = np.zeros(m.shape), np.zeros((*m.shape, v.shape[-1]))
+        for tile in tiles:
+            new = np.maximum(m, logits_BNTS[:, :, rows, tile].max(-1))
+            finite = np.where(np.isinf(new), 0, new)
+            p = np.exp(logits_BNTS[:, :, rows, tile] - finite[..., None])
+            l = l * np.exp(m - finite) + p.sum(-1)
+            o = o + np.einsum("bnts,bsnh->bnth", p, v[:, tile])
+            m = new
+        out[:, rows] = (o / l[..., None]).swapaxes(1, 2)
+    return out

@@ -1,0 +1,165 @@
+"""The diagnosis names what was planted, and does not name what was not."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+from oracle import __main__ as command
+from oracle import checkpoint, diff, faults, parity
+from oracle.faults import FAULTS
+
+TOKENS = 130  # three key blocks
+THETA = {"tiny": 500000.0, "stablelm (partial)": 10000.0}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return checkpoint.make(tmp_path_factory.mktemp("tiny"), shapes=checkpoint.TINY, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def subject(folder):
+    ids = np.random.default_rng(0).integers(0, 64, (1, TOKENS))
+    return parity.llama_subject(folder, checkpoint.load_model(folder), ids, name="tiny", first_position=3)
+
+
+@pytest.fixture(scope="module")
+def case(subject):
+    return subject.case("float32")
+
+
+@pytest.fixture(scope="module")
+def right(case):
+    return {name: target.value for name, target in case.targets.items()}
+
+
+@pytest.mark.parametrize("fault", [f for f in FAULTS if not f.raises], ids=lambda fault: fault.name)
+def test_every_planted_fault_is_named(subject, case, fault):
+    if fault.partial:
+        subject = parity.partial_subject()
+        case = subject.case("float32")
+    with faults.planted(fault):
+        ours = parity.our_stages(subject, case, parity.implementation(fault.implementations[-1]))
+    found = diff.diagnose(case, ours, theta=THETA[subject.name])
+    assert found.cause == fault.name, str(found)
+
+
+def test_a_layer_without_fault_agrees(subject, case):
+    ours = parity.our_stages(subject, case, "naive")
+    assert str(diff.diagnose(case, ours, theta=THETA["tiny"])) == "every stage agrees"
+
+
+def rotated(case, name, **changes):
+    changed = dataclasses.replace(case, **changes)
+    return diff._rotate(
+        changed.targets[name].value, changed.positions, changed.inv_freq, changed.attention_scaling, False
+    )
+
+
+def usual_mistakes(case, right):
+    """name, the stages that other code would give, the stage that differs first."""
+    q, k, v, mask = (
+        right["rotated_query"],
+        np.repeat(right["rotated_key"], 2, 2),
+        np.repeat(right["value"], 2, 2),
+        case.mask,
+    )
+
+    def attention(mask=mask, scale=case.scale, values=v):
+        context, lse = diff._attend(q, k, values, np.broadcast_to(mask, (1, 1, TOKENS, TOKENS)), scale)
+        return {"log_sum_exp": lse, "context": context}
+
+    weight = case.weights["o_proj.weight"].astype(np.float64)
+    wrong_order = right["context"].swapaxes(2, 3).reshape(1, TOKENS, -1) @ weight.T
+    strict = mask & ~np.eye(TOKENS, dtype=bool)
+    return {
+        "q and k rows in Meta's order": (
+            {"query": right["query"].reshape(1, TOKENS, 4, 2, 8).swapaxes(3, 4).reshape(right["query"].shape)},
+            "query",
+        ),
+        "not rotated": ({"rotated_key": right["key"]}, "rotated_key"),
+        "rotated backwards": ({"rotated_query": rotated(case, "query", inv_freq=-case.inv_freq)}, "rotated_query"),
+        "positions off by one": ({"rotated_key": rotated(case, "key", positions=case.positions + 1)}, "rotated_key"),
+        "positions start at 0": ({"rotated_key": rotated(case, "key", positions=case.positions - 3)}, "rotated_key"),
+        "no causal mask": (attention(mask=np.ones_like(mask)), "log_sum_exp"),
+        "mask off by one": (attention(mask=strict), "log_sum_exp"),
+        "KV heads tiled, not repeated": (attention(values=np.tile(right["value"], (1, 1, 2, 1))), "context"),
+        "heads flattened in the wrong order": ({"output": wrong_order}, "output"),
+    }
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "q and k rows in Meta's order",
+        "not rotated",
+        "rotated backwards",
+        "positions off by one",
+        "positions start at 0",
+        "no causal mask",
+        "mask off by one",
+        "KV heads tiled, not repeated",
+        "heads flattened in the wrong order",
+    ],
+)
+def test_usual_mistakes_of_other_code_are_named(case, right, name):
+    changed, stage = usual_mistakes(case, right)[name]
+    found = diff.diagnose(case, right | changed, theta=THETA["tiny"])
+    assert (found.stage, found.cause) == (stage, name), str(found)
+
+
+def test_a_mistake_that_is_not_usual_gets_no_name(case, right):
+    noise = np.random.default_rng(0).normal(size=right["key"].shape)
+    found = diff.diagnose(case, right | {"rotated_key": right["rotated_key"] + noise}, theta=THETA["tiny"])
+    assert (found.stage, found.cause) == ("rotated_key", None)
+    assert "none of the usual mistakes" in str(found)
+
+
+def test_the_position_where_it_begins_is_named(case, right):
+    changed = right["rotated_key"].copy()
+    changed[:, 20:] += 1
+    assert "from position 23 on" in str(diff.diagnose(case, right | {"rotated_key": changed}, theta=THETA["tiny"]))
+    changed = right["context"].copy()
+    changed[:, [4, 9]] += 1
+    assert "at 2 positions, the first is 7" in str(
+        diff.diagnose(case, right | {"context": changed}, theta=THETA["tiny"])
+    )
+
+
+def test_rotated_keys_begin_to_differ_at_position_1_when_the_layout_is_wrong(subject, case, right):
+    case = dataclasses.replace(case, positions=case.positions - 3)
+    # Rotated by our own table from position 0: there the angle is 0 and every layout agrees.
+    targets = {
+        name: dataclasses.replace(case.targets[name], value=rotated(case, name.removeprefix("rotated_")))
+        for name in ("rotated_query", "rotated_key")
+    }
+    case = dataclasses.replace(case, targets=case.targets | targets)
+    key = right["key"]
+    wrong = diff._rotate(key, case.positions, case.inv_freq, case.attention_scaling, True)
+    text = str(diff.diagnose(case, {"key": key, "rotated_key": wrong}, theta=THETA["tiny"]))
+    assert "rotated_key differs from position 1 on" in text
+    assert "it agrees with: RoPE layout swapped" in text
+    assert "permute the q and k rows" in text
+
+
+def test_stages_that_are_none_are_refused(case, right):
+    with pytest.raises(ValueError, match="got keys"):
+        diff.diagnose(case, {"keys": right["key"]}, theta=1e4)
+    with pytest.raises(ValueError, match="got none"):
+        diff.diagnose(case, {}, theta=1e4)
+
+
+def test_the_command_compares_a_dump_of_other_code(folder, tmp_path, capsys):
+    saved, ours = tmp_path / "torch.npz", tmp_path / "ours.npz"
+    common = ["diff", "--checkpoint", str(folder), "--tokens", "20"]
+    assert command.main([*common, "--save", str(saved)]) == 0
+    assert "every stage agrees" in capsys.readouterr().out
+    stages = dict(np.load(saved))
+    np.savez(ours, **{name: stages[name] for name in ("query", "key")}, rotated_key=stages["key"])
+    assert command.main([*common, "--ours", str(ours)]) == 1
+    assert "rotated_key differs from position 1 on" in capsys.readouterr().out
+    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    assert command.main([*common, "--ours", str(tmp_path / "objects.npy")]) == 2
