@@ -44,6 +44,12 @@ def describe(device: str = "auto") -> dict:
     notes = []
     if gpu and kind != "cuda" and device != "cpu":
         notes.append(f"An NVIDIA GPU is here ({gpu}) but jax runs on the CPU. To measure the GPU: {CUDA_INSTALL}")
+    load = os.getloadavg()[0]
+    if load > cores() / 2:
+        notes.append(
+            f"Other work was running at the start (load average {load:.1f} on {cores()} cores): times are longer "
+            "than this machine's own."
+        )
     found = {
         "device": kind,
         "device_name": jax.devices()[0].device_kind if kind == "cuda" else processor(),
@@ -54,6 +60,7 @@ def describe(device: str = "auto") -> dict:
         "platform": platform.platform(),
         "cores": cores(),
         "memory_bytes": available_bytes(),
+        "load_average": load,
         "notes": notes,
     }
     if kind == "cuda":

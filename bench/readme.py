@@ -31,9 +31,11 @@ def table(data: dict, case: str, folder: str) -> str:
             if any(row["times_s"] for row in own):
                 found = {row["keys"]: cell(row) for row in own}
                 lines.append([own[0]["label"], *(found.get(length, "") for length in lengths)])
+        load = data["environment"]["load_average"]
+        busy = f", beside other work (load average {load:.0f})" if load > data["environment"]["cores"] / 2 else ""
         cores = "" if data["environment"]["device"] == "cuda" else f", {data['settings']['threads']} cores"
         parts.append(
-            f"{plot.caption(key, rows)}; {data['environment']['device_name']}{cores}, {data['date'][:10]}. "
+            f"{plot.caption(key, rows)}; {data['environment']['device_name']}{cores}, {data['date'][:10]}{busy}. "
             "Median milliseconds of one call, and its peak memory:\n"
         )
         parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")

@@ -56,6 +56,7 @@ def data(rows):
             "device_name": "Test CPU",
             "cores": 2,
             "memory_bytes": 20 * 10**9,
+            "load_average": 0.1,
             "versions": {"jax": "0"},
             "python": "3",
             "notes": ["a note"],
@@ -229,6 +230,8 @@ def test_a_readme_block_is_made_from_its_results(example, tmp_path):
     assert "| jaxattn naive | 150 ms, 384 MiB | 4100 ms, 6144 MiB | (memory) |" in new
     assert "](bench/results/cpu/cases/llama-3.2-1b-time.png)" in new
     assert readme.updated(new, tmp_path) == (new, 1)
+    example["environment"]["load_average"] = 9.4
+    assert "2 cores, 2000-01-01, beside other work (load average 9)." in readme.table(example, "llama-3.2-1b", "x")
     with pytest.raises(ValueError, match="no measurement of case 'mqa'"):
         readme.updated(f"<!-- bench: cpu/cases mqa -->\n{end}", tmp_path)
     with pytest.raises(ValueError, match="no results here"):

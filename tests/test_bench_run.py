@@ -249,10 +249,18 @@ def test_an_exception_becomes_a_status(error, status):
 
 def test_a_gpu_that_jax_does_not_use_is_named_with_the_line_that_installs_it(monkeypatch):
     monkeypatch.setattr(environment, "nvidia_gpu", lambda: "NVIDIA H100")
+    monkeypatch.setattr(environment.os, "getloadavg", lambda: (0.1, 0.1, 0.1))
     (note,) = environment.describe()["notes"]
     assert "NVIDIA H100" in note
     assert "pip install -e '.[all,cuda]'" in note
     assert environment.describe("cpu")["notes"] == []
+
+
+def test_a_busy_machine_is_said_to_be_busy(monkeypatch):
+    monkeypatch.setattr(environment, "nvidia_gpu", lambda: None)
+    monkeypatch.setattr(environment.os, "getloadavg", lambda: (9.8, 0.1, 0.1))
+    (note,) = environment.describe()["notes"]
+    assert "load average 9.8" in note
 
 
 def test_the_main_job_without_rich_matplotlib_and_torch_ends_normally(tmp_path, capfd):
