@@ -81,7 +81,7 @@ def main(argv: list[str]) -> int:
         seed=arguments.seed,
     )
     command = shlex.join(["python", "-m", "bench", *argv])
-    main_job = not (arguments.case or arguments.shape)
+    main_job = not (arguments.case or arguments.shape or arguments.impl or arguments.seq)
     folder = arguments.resume or arguments.out
     return measure(settings, chosen, folder, command, earlier, traffic=main_job, publish=arguments.publish)
 
@@ -161,7 +161,7 @@ def chosen_cases(arguments: argparse.Namespace) -> list[cases.Case]:
 
 
 def show_list() -> int:
-    """Print cases and implementations, with the reason of each that cannot run on a CPU or a GPU."""
+    """Print cases and implementations, and the GPU that is visible."""
     print("Cases:")
     for case in cases.CASES.values():
         lengths = ", ".join(map(str, case.lengths))
@@ -170,6 +170,5 @@ def show_list() -> int:
     for adapter in adapters.ADAPTERS.values():
         print(f"  {adapter.name:<22}{adapter.label}")
     print("  MODULE:FUNCTION       your own, called as jax.nn.dot_product_attention; torch:MODULE:FUNCTION for torch")
-    gpu = environment.nvidia_gpu()
-    print(f"GPU: {gpu or 'none visible'}")
+    print(f"GPU: {environment.nvidia_gpu() or 'none visible'}")
     return 0
