@@ -16,9 +16,9 @@ from jaxattn.profiler import traffic, wire
 from jaxattn.profiler.hlo import Buffer, Computation, Instruction, Module
 from jaxattn.profiler.traffic import Access, LoopRuns
 
-_CHUNKS = 256  # pieces of the cache that are replaced as one
-_BUDGET = 20_000  # kernel accesses replayed one by one; loops beyond are extrapolated from their third step
-_LARGEST_TABLE = 1 << 20
+_CHUNKS = 128  # pieces of the cache that are replaced as one
+_BUDGET = 60_000  # kernel accesses replayed one by one; loops beyond are extrapolated from their third step
+_LARGEST_TABLE, _LARGEST_VALUE = 1 << 20, 1 << 12  # elements: constants that are read, arrays that are computed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +40,20 @@ class Cache:
     def touch(self, allocation: int, start: int, stop: int, is_write: bool) -> None:
         """One piece of a chunk is read or written."""
         key = (allocation, start // self.chunk)
-        line = self.lines.pop(key, None) or ([], [])
-        missing = _cover(line[0], start, stop)
-        self.used += missing
-        if is_write:
-            _cover(line[1], start, stop)
+        line = self.lines.get(key)
+        if line is None:
+            self.lines[key] = line = ([(start, stop)], [(start, stop)] if is_write else [])
+            missing = stop - start
         else:
+            self.lines.move_to_end(key)
+            missing = _cover(line[0], start, stop)
+            if is_write:
+                _cover(line[1], start, stop)
+        if not is_write:
             self.read += missing
-        self.lines[key] = line
+        if not missing:
+            return
+        self.used += missing
         while self.used > self.capacity and len(self.lines) > 1:
             _, (here, dirty) = self.lines.popitem(last=False)
             self.used -= sum(last - first for first, last in here)
@@ -62,12 +68,17 @@ class Cache:
         edge = longest
         if total > 8 * self.capacity:  # what lies between finds nothing and leaves nothing
             edge = max(1, round(2 * self.capacity / total * longest))
+        if longest <= 1:
+            for access in accesses:
+                self.touch(*access)
+            return
         touched = [0] * len(accesses)
         for step in range(longest) if 2 * edge >= longest else [*range(edge), *range(longest - edge, longest)]:
             for i, (allocation, start, stop, is_write) in enumerate(accesses):
                 for piece in range(step * counts[i] // longest, (step + 1) * counts[i] // longest):
-                    at = start // chunk + piece
-                    first, last = max(start, at * chunk), min(stop, (at + 1) * chunk)
+                    first = (start // chunk + piece) * chunk
+                    last = first + chunk
+                    first, last = (start if first < start else first), (stop if last > stop else last)
                     self.touch(allocation, first, last, is_write)
                     touched[i] += last - first
         for done, (_, start, stop, is_write) in zip(touched, accesses, strict=True):
@@ -84,6 +95,9 @@ class Cache:
 
 def _cover(ranges: list[tuple[int, int]], start: int, stop: int) -> int:
     """Adds a range to disjoint ranges; returns how many bytes are new."""
+    for first, last in ranges:
+        if first <= start and stop <= last:
+            return 0
     new = stop - start
     low, high, apart = start, stop, []
     for first, last in ranges:
@@ -128,6 +142,7 @@ class Replay:
         self.entered: dict[Instruction, int] = {}
         self.literals: dict[Instruction, object] = {}
         self.extrapolated = False
+        self.guessed: set[str] = set()
 
     def dram(self, capacity: int) -> tuple[tuple[Dram, Dram], tuple[Dram, Dram]]:
         """(cold, warm) with the whole capacity, and the same with half of it.
@@ -319,6 +334,7 @@ class Replay:
         indices = [inside.value(o) for o in slicer.operands[2 if update else 1 :]]
         last = max(size - access.bytes, 0)
         if any(i is None for i in indices):
+            self.guessed.add(slicer.name)
             return min(step * access.bytes % size, last) if size else 0
         number = 0
         for i, n, extent in zip(indices, part.dims, whole.dims, strict=True):
@@ -354,30 +370,63 @@ class _Scalars:
             return self.literals[instruction]
         if op in ("copy", "opt-barrier", "convert"):
             return self.value(operands[0])
-        if instruction.shape.is_tuple or instruction.shape.elements > 16:
+        shape = instruction.shape
+        if shape.is_tuple and op == "fusion" and all(p.elements <= _LARGEST_VALUE for p in shape.parts):
+            return self.fused(instruction)
+        if shape.is_tuple or shape.elements > _LARGEST_VALUE:
             return None
         if op in ("bitcast", "reshape"):
             value = self.value(operands[0])
-            return value.reshape(instruction.shape.dims) if isinstance(value, np.ndarray) else value
-        if instruction.shape.dtype not in ("int32", "int64", "uint32", "int8", "uint8", "bool"):
+            return None if value is None or isinstance(value, tuple) else _shaped(value, shape.dims)
+        if shape.dtype not in _INTEGER_TYPES:
             return None
         if op == "fusion":
-            inner = _Scalars({i: self.value(o) for i, o in enumerate(operands)}, self.literals)
-            return inner.value(instruction.called[0].root)
+            return self.fused(instruction)
+        dimensions = wire.integers(instruction.fields.get(14, []))
+        if op == "iota":
+            steps = np.arange(shape.dims[dimensions[0]])
+            return np.broadcast_to(_along(steps, dimensions, len(shape.dims)), shape.dims)
         values = [self.value(o) for o in operands]
         if any(v is None or isinstance(v, tuple) for v in values):
             return None
-        if op == "dynamic-slice" and isinstance(values[0], np.ndarray):
-            sizes = instruction.shape.dims
-            starts = [min(max(int(i), 0), n - s) for i, n, s in zip(values[1:], values[0].shape, sizes, strict=True)]
-            out = values[0][tuple(slice(i, i + s) for i, s in zip(starts, sizes, strict=True))]
-            return int(out.item()) if out.size == 1 else out
-        if any(isinstance(v, np.ndarray) and v.size != 1 for v in values):
-            return None
+        if op == "broadcast":
+            return np.broadcast_to(_along(np.asarray(values[0]), dimensions, len(shape.dims)), shape.dims)
+        if op == "slice":
+            cuts = [wire.message(raw) for raw in instruction.fields.get(17, [])]
+            cuts = [slice(wire.integer(c, 1), wire.integer(c, 2), wire.integer(c, 3, 1)) for c in cuts]
+            return values[0][tuple(cuts)]
+        if op == "dynamic-slice":
+            starts = [
+                min(max(int(i), 0), n - s)
+                for i, n, s in zip(values[1:], operands[0].shape.dims, shape.dims, strict=True)
+            ]
+            return values[0][tuple(slice(i, i + s) for i, s in zip(starts, shape.dims, strict=True))]
         rule = _INTEGERS.get(op)
         if op == "compare":
             rule = _COMPARE.get(wire.text(instruction.fields, 63))
-        return None if rule is None else int(rule(*(int(v) for v in values)))
+        if rule is None:
+            return None
+        if any(isinstance(v, np.ndarray) for v in values):
+            return np.vectorize(rule, otypes=[np.int64])(*values)
+        return int(rule(*values))
+
+    def fused(self, fusion: Instruction):
+        """The value of a fusion's root."""
+        values = {i: self.value(o) for i, o in enumerate(fusion.operands)}
+        return _Scalars(values, self.literals).value(fusion.called[0].root)
+
+
+def _shaped(value, dims):
+    """The value with these dimensions: an int if there are none."""
+    return int(np.asarray(value).item()) if not dims else np.asarray(value).reshape(dims)
+
+
+def _along(values: np.ndarray, dimensions: list[int], rank: int) -> np.ndarray:
+    """The array with its axes at these dimensions of a larger rank."""
+    shape = [1] * rank
+    for axis, dimension in enumerate(dimensions):
+        shape[dimension] = values.shape[axis]
+    return values.reshape(shape)
 
 
 def _quotient(a: int, b: int) -> int:
@@ -404,7 +453,6 @@ _INTEGERS = {
     "shift-right-logical": lambda a, b: a >> b,
     "shift-right-arithmetic": lambda a, b: a >> b,
     "shift-left": lambda a, b: a << b,
-    "broadcast": lambda a: a,
 }
 _COMPARE = {
     "EQ": lambda a, b: a == b,
@@ -414,6 +462,7 @@ _COMPARE = {
     "GT": lambda a, b: a > b,
     "GE": lambda a, b: a >= b,
 }
+_INTEGER_TYPES = frozenset(["int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool"])
 # LiteralProto's field of each element type
 _LITERAL_FIELDS = {"bool": 2, "int32": 4, "int64": 5, "uint32": 6}
 
