@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ _MODEL = {
     "model.norm.weight": ("norm.scale", "D -> D"),
 }
 _UNTIED = {"lm_head.weight": ("unembedding", "V D -> V D")}
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -330,10 +332,13 @@ def load(
     Example: `load(LlamaConfig.from_folder(folder), Safetensors(folder))`.
     """
     table = model_table(config)
-    names = model_names(config, tensors)
-    check_tensors({name: axes for name, (_, axes) in table.items()}, tensors, config, names)
+    ours = "embedding" in tensors
+    if ours:
+        check_tensors({path: axes.split("->")[1] for path, axes in table.values()}, tensors, config)
+    else:
+        check_tensors({name: axes for name, (_, axes) in table.items()}, tensors, config, model_names(config, tensors))
     if param_dtype is None:
-        param_dtype = tensors["model.embed_tokens.weight"].dtype
+        param_dtype = tensors["embedding" if ours else "model.embed_tokens.weight"].dtype
     model = nnx.eval_shape(
         lambda: build(
             config,
@@ -346,7 +351,8 @@ def load(
     )
     stacks: dict[str, np.ndarray] = {}
     for name, (path, axes) in table.items():
-        array = convert(_sound(name, tensors[name]), axes, config).astype(param_dtype)
+        array = _sound(name, tensors[path if ours else name])
+        array = (array if ours else convert(array, axes, config)).astype(param_dtype, copy=False)
         outer, index, inner = _split_path(path)
         if index is None:
             stacks[outer] = array
@@ -372,7 +378,14 @@ def _split_path(path: str) -> tuple[str, int | None, str]:
 
 
 def _sound(name: str, array: np.ndarray) -> np.ndarray:
-    wrong = array.size - int(np.isfinite(array.astype(np.float32, copy=False)).sum())
+    """The array, or an error that names it: another dtype, NaN, infinities. Looked at in pieces, to copy
+    little."""
+    if array.dtype.name not in DTYPES:
+        raise ValueError(f"{name} has dtype {array.dtype}; weights must be one of {', '.join(DTYPES)}")
+    flat, wrong = array.reshape(-1), 0
+    for start in range(0, flat.size, 1 << 20):
+        piece = flat[start : start + (1 << 20)]
+        wrong += piece.size - int(np.isfinite(piece.astype(np.float32, copy=False)).sum())
     if wrong:
         raise ValueError(f"{name} has {wrong} weights of {array.size} that are NaN or infinite")
     return array
@@ -441,6 +454,40 @@ def check_tensors(
 
 def _shape(tensors: Mapping[str, Any], name: str) -> tuple[int, ...]:
     return tensors.shape(name) if isinstance(tensors, Safetensors) else tuple(tensors[name].shape)
+
+
+def save_converted(folder: str | Path, config: LlamaConfig, tensors: Mapping[str, np.ndarray]) -> Path:
+    """Write a checkpoint in our names and axes, `model.safetensors`, one tensor at a time.
+
+    Every bit of every weight is kept; "model.layers.3.self_attn.q_proj.weight" [N H, D] becomes
+    "blocks.3.attention.wq" [D, N, H]. The file appears when it is whole: an error leaves none.
+
+    Args: folder: where; made where it is missing. config, tensors: as for `load`, in Hugging Face's names.
+    Returns: the file's path.
+    Raises: as `load`.
+    """
+    table = model_table(config)
+    check_tensors({name: axes for name, (_, axes) in table.items()}, tensors, config, model_names(config, tensors))
+    header, offset = {}, 0
+    for name, (path, axes) in table.items():
+        array = _sound(name, tensors[name])
+        shape = shape_of(axes.split("->")[1], config)
+        header[path] = dict(dtype=DTYPES[array.dtype.name], shape=shape, data_offsets=(offset, offset + array.nbytes))
+        offset += array.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    target, partial = folder / "model.safetensors", folder / f".model.safetensors.{os.getpid()}"
+    try:
+        with partial.open("xb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name, (_, axes) in table.items():
+                file.write(np.ascontiguousarray(convert(tensors[name], axes, config)).view(np.uint8).data)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)
+    return target
 
 
 class Safetensors(Mapping[str, np.ndarray]):

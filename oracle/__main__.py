@@ -48,6 +48,12 @@ def _parser() -> argparse.ArgumentParser:
     extract = commands.add_parser("extract", parents=[common], help="save one attention layer as a torch dict")
     extract.add_argument("--out", metavar="FILE", required=True, help="where to write, as attn_layer_0.pt")
     extract.set_defaults(run=run_extract)
+    convert = commands.add_parser("convert", help="write a checkpoint as safetensors in jaxattn's names")
+    convert.add_argument(
+        "source", metavar="IN", help="a folder: safetensors, .bin, or Meta's consolidated.*.pth; or a hub id"
+    )
+    convert.add_argument("target", metavar="OUT", help="a new or an empty folder")
+    convert.set_defaults(run=run_convert)
     diff = commands.add_parser("diff", parents=[common], help="name the first stage that differs, and why")
     diff.add_argument("--ours", metavar="DUMP.npz", help="stages of other code; without it those of jaxattn's layer")
     diff.add_argument("--save", metavar="FILE.npz", help="write the layer's input and torch's stages, to compare with")
@@ -76,6 +82,16 @@ def run_extract(args) -> int:
             f"H_kv={config.num_key_value_heads}, d_head={config.head_dim})"
         )
     print(f"wrote {args.out}")
+    return 0
+
+
+def run_convert(args) -> int:
+    """Convert a checkpoint; nothing is written where it is not sound."""
+    from oracle import checkpoint, parity
+
+    start = time.perf_counter()
+    written = parity.convert(checkpoint.find(args.source), args.target)
+    print(f"wrote {written}, {written.stat().st_size / 1e6:.1f} MB in {time.perf_counter() - start:.1f} s")
     return 0
 
 

@@ -11,7 +11,9 @@ the values whatever the positions, and a wrong RoPE passes.
 from __future__ import annotations
 
 import dataclasses
+import json
 import pickle
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +24,22 @@ from oracle.attention import to_numpy, to_torch
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB_FILES = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"]
+_META = {
+    "tok_embeddings.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+_META_BLOCK = {
+    "attention.wq.weight": "self_attn.q_proj.weight",
+    "attention.wk.weight": "self_attn.k_proj.weight",
+    "attention.wv.weight": "self_attn.v_proj.weight",
+    "attention.wo.weight": "self_attn.o_proj.weight",
+    "feed_forward.w1.weight": "mlp.gate_proj.weight",
+    "feed_forward.w3.weight": "mlp.up_proj.weight",
+    "feed_forward.w2.weight": "mlp.down_proj.weight",
+    "attention_norm.weight": "input_layernorm.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+}
 # Each head's logits have about this standard deviation; 256 independent logits of it give a median largest
 # probability near 0.5.
 _LOGIT_STD = 5.0
@@ -270,6 +288,101 @@ def read_pickles(paths: list[Path]) -> dict[str, np.ndarray]:
             raise ValueError(f"{path} holds tensors that an earlier file holds too: {', '.join(twice[:10])}")
         tensors |= content
     return tensors
+
+
+class Meta(Mapping[str, np.ndarray]):
+    """A checkpoint as Meta publishes it (`consolidated.NN.pth` and `params.json`), under Hugging Face's
+    names.
+
+    Shards are joined, and the rows of q and k, which Meta keeps for interleaved RoPE, are permuted for the
+    half-split layout. `config` is the `config.json` that Hugging Face would have: `params.json` does not say
+    the factor of Llama 3's RoPE scaling, which is 32 for the 3.2 models (dim at most 3072) and 8 for the
+    others, unless `rope_scaling_factor` stands in it.
+
+    Args: folder: of the checkpoint.
+
+    Raises: FileNotFoundError for missing shards; ValueError for broken files, as `read_pickle`.
+    """
+
+    def __init__(self, folder: str | Path):
+        folder = Path(folder)
+        try:
+            params = json.loads((folder / "params.json").read_text())
+            D, N, layers = (int(params[name]) for name in ("dim", "n_heads", "n_layers"))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{folder / 'params.json'} does not give dim, n_heads and n_layers: {error!r}") from error
+        paths = sorted(folder.glob("consolidated.*.pth"))
+        expected = [f"consolidated.{i:02}.pth" for i in range(len(paths))]
+        if not paths or [path.name for path in paths] != expected:
+            raise FileNotFoundError(
+                f"{folder} must hold consolidated.00.pth and so on without gaps; it holds {[p.name for p in paths]}"
+            )
+        self._shards = [read_pickle(path) for path in paths]
+        names = [set(shard) - {"rope.freqs"} for shard in self._shards]
+        if any(other != names[0] for other in names):
+            different = sorted(set.union(*names) - set.intersection(*names))
+            raise ValueError(f"the shards of {folder} hold different names: {different[:10]}")
+        self._head_dim, self._d_model = D // N, D
+        self._theirs = {_from_meta(name): name for name in names[0]}
+        head, embedding, gate = "lm_head.weight", "model.embed_tokens.weight", "model.layers.0.mlp.gate_proj.weight"
+        tied = embedding in self._theirs and head in self._theirs and np.array_equal(self[head], self[embedding])
+        if tied:
+            del self._theirs[head]
+        self.config = {
+            "model_type": "llama",
+            "vocab_size": len(self[embedding]) if embedding in self._theirs else params.get("vocab_size"),
+            "hidden_size": D,
+            "intermediate_size": len(self[gate]) if gate in self._theirs else 0,
+            "num_hidden_layers": layers,
+            "num_attention_heads": N,
+            "num_key_value_heads": params.get("n_kv_heads") or N,
+            "head_dim": D // N,
+            "rms_norm_eps": params.get("norm_eps", 1e-5),
+            "max_position_embeddings": params.get("max_seq_len", 131072 if params.get("use_scaled_rope") else 8192),
+            "tie_word_embeddings": head not in self._theirs,
+            "rope_theta": params.get("rope_theta", 10000.0),
+            "rope_scaling": None,
+            "dtype": str(self[embedding].dtype) if embedding in self._theirs else None,
+        }
+        if params.get("use_scaled_rope"):
+            self.config["rope_scaling"] = {
+                "rope_type": "llama3",
+                "factor": float(params.get("rope_scaling_factor") or (32.0 if D <= 3072 else 8.0)),
+                "low_freq_factor": 1.0,
+                "high_freq_factor": float(params.get("rope_high_freq_factor") or 4.0),
+                "original_max_position_embeddings": 8192,
+            }
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        parts = [shard[self._theirs[name]] for shard in self._shards]
+        array = parts[0] if len(parts) == 1 or parts[0].ndim == 1 else np.concatenate(parts, self._axis(name, parts[0]))
+        if name.endswith(("q_proj.weight", "k_proj.weight")):
+            H = self._head_dim
+            heads = array.reshape(-1, H // 2, 2, array.shape[1])  # rows (2i, 2i + 1) of a head become (i, i + H / 2)
+            array = np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(array.shape)
+        return array
+
+    def _axis(self, name: str, part: np.ndarray) -> int:
+        """The axis that Meta's model parallelism split: the inputs of wo and w2, the outputs of the
+        others."""
+        if name.endswith("embed_tokens.weight"):  # by vocabulary in Llama 3, by width before
+            return 0 if part.shape[1] == self._d_model else 1
+        return 1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._theirs)
+
+    def __len__(self) -> int:
+        return len(self._theirs)
+
+
+def _from_meta(name: str) -> str:
+    """Meta's name of a tensor -> Hugging Face's; an unknown name stays, to be reported as extra."""
+    if name in _META:
+        return _META[name]
+    parts = name.split(".", 2)
+    inside = _META_BLOCK.get(parts[2]) if len(parts) == 3 and parts[0] == "layers" else None
+    return name if inside is None else f"model.layers.{parts[1]}.{inside}"
 
 
 def write_pickle(path: str | Path, tensors: dict[str, np.ndarray]) -> None:

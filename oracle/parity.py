@@ -8,6 +8,7 @@ cannot fail proves nothing.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -133,10 +134,35 @@ def llama_subject(
 
 
 def checkpoint_tensors(folder: str | Path) -> Mapping[str, np.ndarray]:
-    """The tensors of a checkpoint folder: safetensors by `jaxattn.llama`, PyTorch pickles by
-    `oracle.checkpoint`."""
+    """The tensors of a checkpoint folder under Hugging Face's names, read one at a time where the form
+    allows it: safetensors by `jaxattn.llama`, PyTorch's pickles and Meta's by `oracle.checkpoint`.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file() and (folder / "params.json").is_file():
+        return checkpoint_.Meta(folder)
     pickles = checkpoint_.pickles(folder)
     return checkpoint_.read_pickles(pickles) if pickles else llama.Safetensors(folder)
+
+
+def convert(source: str | Path, target: str | Path) -> Path:
+    """Write a checkpoint as safetensors in our names, with its `config.json`, one tensor at a time.
+
+    Args: source: a folder in any form that `checkpoint_tensors` reads. target: a folder; what is in it stays.
+    Returns: the path of the safetensors file.
+    Raises: ValueError or FileNotFoundError that names what is wrong with the source; nothing is written then.
+    """
+    source, target = Path(source), Path(target)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{target} exists already; convert writes into a new or an empty folder")
+    tensors = checkpoint_tensors(source)
+    if isinstance(tensors, checkpoint_.Meta):
+        text, config = json.dumps(tensors.config, indent=1) + "\n", llama.LlamaConfig.from_hf(tensors.config)
+    else:
+        config = llama.LlamaConfig.from_folder(source)
+        text = (source / "config.json").read_text(encoding="utf-8")
+    written = llama.save_converted(target, config, tensors)
+    (target / "config.json").write_text(text, encoding="utf-8")
+    return written
 
 
 def compare_model(

@@ -1,0 +1,216 @@
+"""Conversion of every checkpoint form into ours: bit for bit, one tensor at a time, and nothing where it
+fails."""
+
+import dataclasses
+import json
+import tracemalloc
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+from jaxattn import llama, rope  # noqa: E402
+from oracle import __main__ as command  # noqa: E402
+from oracle import checkpoint, parity  # noqa: E402
+
+SQUARE = dataclasses.replace(checkpoint.TINY, head_dim=8)  # Meta's form has no head_dim of its own
+UNUSUAL = dataclasses.replace(checkpoint.TINY, tied=False, attention_bias=True, mlp_bias=True, rope="default")
+
+
+def write_meta(folder, source, shards, *, output=None, vocabulary_parallel=True):
+    """A checkpoint in Meta's form, made from Hugging Face's: rows permuted, tensors split as model
+    parallelism does."""
+    config, tensors = llama.LlamaConfig.from_folder(source), llama.Safetensors(source)
+    by_inputs, whole = ("attention.wo", "feed_forward.w2"), ("norm.weight",)
+    parts = [{"rope.freqs": np.ones(4, np.float32)} for _ in range(shards)]
+    names = {theirs: name for name, theirs in checkpoint._META.items()}
+    names |= {
+        f"model.layers.{i}.{theirs}": f"layers.{i}.{name}"
+        for i in range(config.n_layers)
+        for name, theirs in checkpoint._META_BLOCK.items()
+    }
+    arrays = {names[name]: tensors[name] for name in tensors}
+    if output is not None:
+        arrays["output.weight"] = output(arrays["tok_embeddings.weight"])
+    for name, array in arrays.items():
+        if name.endswith(("wq.weight", "wk.weight")):
+            heads = array.reshape(-1, config.head_dim, config.d_model)
+            array = rope.to_interleaved(heads, axis=1).reshape(array.shape)
+        axis = 1 if any(x in name for x in by_inputs) or (name.startswith("tok") and not vocabulary_parallel) else 0
+        pieces = [array] * shards if name.endswith(whole) else np.split(array, shards, axis)
+        for part, piece in zip(parts, pieces, strict=True):
+            part[name] = piece
+    folder.mkdir()
+    for i, part in enumerate(parts):
+        checkpoint.write_pickle(folder / f"consolidated.{i:02}.pth", part)
+    params = dict(
+        dim=config.d_model,
+        n_layers=config.n_layers,
+        n_heads=config.n_heads,
+        n_kv_heads=config.n_kv_heads,
+        vocab_size=config.vocab_size,
+        norm_eps=config.rms_eps,
+        rope_theta=config.rope.theta,
+        use_scaled_rope=True,
+    )
+    (folder / "params.json").write_text(json.dumps(params))
+    return folder
+
+
+def back(folder):
+    """What was written, brought back to Hugging Face's names and axes."""
+    config, ours = llama.LlamaConfig.from_folder(folder), llama.Safetensors(folder)
+    table = llama.model_table(config)
+    assert set(ours) == {path for path, _ in table.values()}
+    return {name: llama.convert(ours[path], axes, config, inverse=True) for name, (path, axes) in table.items()}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("form", ["safetensors", "sharded", "bin"])
+@pytest.mark.parametrize("shapes", [checkpoint.TINY, UNUSUAL], ids=["H*N != D", "untied with biases"])
+def test_a_round_trip_keeps_every_bit(tmp_path, shapes, form, dtype):
+    source = checkpoint.make(tmp_path / "in", shapes=shapes, form=form, dtype=dtype)
+    assert command.main(["convert", str(source), str(tmp_path / "out")]) == 0
+    expected = parity.checkpoint_tensors(source)
+    written = back(tmp_path / "out")
+    assert set(written) == set(expected)
+    for name, array in expected.items():
+        assert written[name].dtype == array.dtype == dtype
+        assert written[name].tobytes() == array.tobytes(), name
+
+
+def test_a_converted_checkpoint_makes_the_same_model(tmp_path):
+    source = checkpoint.make(tmp_path / "in", shapes=UNUSUAL, dtype="float32")
+    parity.convert(source, tmp_path / "out")
+    models = [llama.load(llama.LlamaConfig.from_folder(f), llama.Safetensors(f)) for f in (source, tmp_path / "out")]
+    for one, other in ((m.blocks.attention.wo, n.blocks.attention.wo) for m, n in [models]):
+        np.testing.assert_array_equal(one[...], other[...])
+    np.testing.assert_array_equal(models[0].unembedding[...], models[1].unembedding[...])
+    np.testing.assert_array_equal(models[0].blocks.mlp.bu[...], models[1].blocks.mlp.bu[...])
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("vocabulary_parallel", [True, False])
+def test_meta_s_form_gives_hugging_face_s_tensors(tmp_path, shards, vocabulary_parallel):
+    source = checkpoint.make(tmp_path / "hf", shapes=SQUARE)
+    meta = write_meta(tmp_path / "meta", source, shards, vocabulary_parallel=vocabulary_parallel, output=np.array)
+    expected, read = llama.Safetensors(source), checkpoint.Meta(meta)
+    assert set(read) == set(expected)
+    for name, array in expected.items():
+        assert read[name].tobytes() == array.tobytes(), name
+    theirs, ours = llama.LlamaConfig.from_hf(read.config), llama.LlamaConfig.from_folder(source)
+    assert theirs == ours
+    parity.convert(meta, tmp_path / "out")
+    assert back(tmp_path / "out")["model.norm.weight"].tobytes() == expected["model.norm.weight"].tobytes()
+
+
+def test_meta_s_output_that_is_not_the_embedding_is_kept(tmp_path):
+    source = checkpoint.make(tmp_path / "hf", shapes=SQUARE)
+    meta = checkpoint.Meta(write_meta(tmp_path / "meta", source, 1, output=lambda embedding: embedding + 1))
+    assert meta.config["tie_word_embeddings"] is False
+    assert not np.array_equal(meta["lm_head.weight"], meta["model.embed_tokens.weight"])
+
+
+def test_numpy_holds_little_more_than_the_largest_tensor(tmp_path):
+    shapes = dataclasses.replace(checkpoint.TINY, layers=6, d_model=512, heads=8, kv_heads=8, head_dim=64, mlp=2048)
+    source = checkpoint.make(tmp_path / "in", shapes=shapes, dtype="float32")
+    largest = 4 * 512 * 2048
+    tracemalloc.start()
+    parity.convert(source, tmp_path / "out")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    size = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert size > 20 * largest
+    assert peak < 3.5 * largest
+
+
+def spoil_missing_shard(folder):
+    next(folder.glob("model-00002*.safetensors")).unlink()
+
+
+def spoil_truncated_shard(folder):
+    path = next(folder.glob("model-00002*.safetensors"))
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def spoil_nan(folder):
+    rewrite(folder, lambda tensors: tensors["model.norm.weight"].__setitem__(3, np.nan))
+
+
+def spoil_dtype(folder):
+    rewrite(folder, lambda tensors: tensors.update({"model.norm.weight": np.ones(32, np.int8)}))
+
+
+def spoil_shape(folder):
+    rewrite(folder, lambda tensors: tensors.update({"model.norm.weight": np.ones(33, ml_dtypes.bfloat16)}))
+
+
+def spoil_config(folder):
+    (folder / "config.json").write_text("{")
+
+
+def rewrite(folder, change):
+    from safetensors.numpy import save_file
+
+    tensors = dict(llama.Safetensors(folder))
+    change(tensors)
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    save_file(tensors, folder / "model.safetensors")
+
+
+SPOILED = {
+    spoil_missing_shard: "names shards that are missing",
+    spoil_truncated_shard: "no sound safetensors file",
+    spoil_nan: "model.norm.weight has 1 weights of 32 that are NaN",
+    spoil_dtype: "model.norm.weight has dtype int8",
+    spoil_shape: "misshaped: model.norm.weight (33,), should be (32,)",
+    spoil_config: "config.json is no JSON",
+}
+
+
+@pytest.mark.parametrize("spoil", SPOILED)
+def test_an_unsound_checkpoint_gives_one_error_and_leaves_nothing(tmp_path, capsys, spoil):
+    source = checkpoint.make(tmp_path / "in", shapes=checkpoint.TINY, form="sharded")
+    spoil(source)
+    capsys.readouterr()
+    assert command.main(["convert", str(source), str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert SPOILED[spoil] in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_error_while_writing_leaves_no_file(tmp_path, monkeypatch):
+    source = checkpoint.make(tmp_path / "in", shapes=checkpoint.TINY)
+    monkeypatch.setattr(llama, "convert", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        parity.convert(source, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_what_is_there_already_is_not_overwritten(tmp_path, capsys):
+    source = checkpoint.make(tmp_path / "in", shapes=checkpoint.TINY)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("x")
+    assert command.main(["convert", str(source), str(tmp_path / "out")]) == 2
+    assert "exists already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda folder: (folder / "consolidated.00.pth").unlink(), "without gaps"),
+        (lambda folder: (folder / "params.json").write_text('{"dim": 32}'), "does not give dim, n_heads and n_layers"),
+        (lambda folder: (folder / "consolidated.01.pth").write_bytes(b"x"), "cannot be read"),
+        (lambda folder: checkpoint.write_pickle(folder / "consolidated.01.pth", {"a": np.ones(1)}), "different names"),
+    ],
+)
+def test_an_unsound_checkpoint_of_meta_s_is_named(tmp_path, capsys, spoil, words):
+    folder = write_meta(tmp_path / "meta", checkpoint.make(tmp_path / "hf", shapes=SQUARE), 2)
+    spoil(folder)
+    assert command.main(["convert", str(folder), str(tmp_path / "out")]) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
