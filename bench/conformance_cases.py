@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import math
 import random
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -60,7 +61,7 @@ class Case:
         N, K = self.heads
         Hv = self.value_dim or self.head_dim
         shape = f"T{T} S{S} N{N} K{K} H{self.head_dim} Hv{Hv}"
-        return f"{self.implementation}, {self.mask}, {self.dtype}, {shape}, {self.logits}"
+        return f"{self.implementation}: {self.mask}, {self.dtype}, {shape}, {self.logits}"
 
     @property
     def batch(self) -> int:
@@ -149,9 +150,9 @@ AXES = {
 
 
 def possible(case: dict[str, Any]) -> bool:
-    """Whether the values go together: at a thousand tokens few heads, for the time it takes."""
+    """Whether the values go together: at a thousand tokens one head, for the time that float64 takes."""
     lengths, heads = case.get("lengths"), case.get("heads")
-    return lengths is None or heads is None or max(lengths) <= 512 or heads[0] <= 2
+    return lengths is None or heads is None or max(lengths) <= 512 or heads == (1, 1)
 
 
 def grid(implementations: tuple[str, ...]):
@@ -168,8 +169,8 @@ def cover(implementations: tuple[str, ...], seed: int = 0) -> list[Case]:
     Greedy: each case starts from a pair that has not met, and takes for each other axis the value that meets most.
     Source: Cohen et al., The AETG System (1997), section 4.
 
-    >>> len(cover(("naive",))) < 300
-    True
+    >>> len(cover(("naive",)))  # 22 masks with each of 14 pairs of lengths
+    308
     """
     axes = {"implementation": implementations, **AXES}
     rng = random.Random(seed)
@@ -183,13 +184,9 @@ def cover(implementations: tuple[str, ...], seed: int = 0) -> list[Case]:
     order = list(axes)
 
     def met(case: dict[str, Any], axis: str, value) -> int:
-        pairs = (
-            ((axis, value), (other, case[other]))
-            if order.index(axis) < order.index(other)
-            else ((other, case[other]), (axis, value))
-            for other in case
-        )
-        return sum(pair in waiting for pair in pairs)
+        found = {axis: value} | case
+        ordered = [(name, found[name]) for name in order if name in found]
+        return sum(pair in waiting for pair in itertools.combinations(ordered, 2) if (axis, value) in pair)
 
     cases = []
     while waiting:
@@ -237,7 +234,7 @@ class Inputs:
 def inputs(case: Case) -> Inputs:
     """The arrays of a case; they depend on the case alone, and not on its implementation."""
     (T, S), (N, K), B, H = case.lengths, case.heads, case.batch, case.head_dim
-    rng = np.random.default_rng(abs(hash_of(case)))
+    rng = np.random.default_rng(seed_of(case))
     dtype = np.dtype(getattr(ml_dtypes, case.dtype, case.dtype))
     Hv = case.value_dim or H
 
@@ -264,10 +261,8 @@ def inputs(case: Case) -> Inputs:
     )  # fmt: skip
 
 
-def hash_of(case: Case) -> int:
+def seed_of(case: Case) -> int:
     """A seed from the case's values, the same in every process."""
-    import zlib
-
     return zlib.crc32(repr(dataclasses.replace(case, implementation="")).encode())
 
 
