@@ -54,6 +54,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("target", metavar="OUT", help="a new or an empty folder")
     convert.set_defaults(run=run_convert)
+    generate = commands.add_parser("generate", parents=[common], help="continue a prompt greedily, beside torch")
+    generate.add_argument("--prompt", help="text, for checkpoints with a tokenizer; random tokens without it")
+    generate.add_argument("--new-tokens", type=int, default=64, help="how many to generate (default 64)")
+    generate.add_argument("--implementation", default="naive", help="of jaxattn's layers (default naive)")
+    generate.set_defaults(run=run_generate)
     diff = commands.add_parser("diff", parents=[common], help="name the first stage that differs, and why")
     diff.add_argument("--ours", metavar="DUMP.npz", help="stages of other code; without it those of jaxattn's layer")
     diff.add_argument("--save", metavar="FILE.npz", help="write the layer's input and torch's stages, to compare with")
@@ -93,6 +98,57 @@ def run_convert(args) -> int:
     written = parity.convert(checkpoint.find(args.source), args.target)
     print(f"wrote {written}, {written.stat().st_size / 1e6:.1f} MB in {time.perf_counter() - start:.1f} s")
     return 0
+
+
+def run_generate(args) -> int:
+    """Greedy generation by jaxattn and by Hugging Face, float32, token for token; status 1 where they
+    differ."""
+    import jax.numpy as jnp
+    import torch
+
+    from jaxattn import llama, nn
+    from oracle import checkpoint, parity
+
+    _quiet()
+    with _checkpoint(args) as folder:
+        hf, config = checkpoint.load_model(folder), llama.LlamaConfig.from_folder(folder)
+        tokenizer = None
+        if args.prompt is None:
+            ids = np.random.default_rng(0).integers(0, config.vocab_size, (1, 16))
+        else:
+            from transformers import AutoTokenizer
+
+            try:
+                tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            except (OSError, ValueError) as error:
+                raise ValueError(f"--prompt needs a tokenizer, and {folder} has none: leave --prompt out") from error
+            ids = np.array([tokenizer(args.prompt)["input_ids"]])
+        model = llama.load(
+            config,
+            parity.checkpoint_tensors(folder),
+            implementation=parity.implementation(args.implementation),
+            param_dtype=jnp.float32,
+        )
+    start = time.perf_counter()
+    ours = np.asarray(nn.generate(model, jnp.asarray(ids), args.new_tokens))[0].tolist()
+    middle = time.perf_counter()
+    tokens = torch.from_numpy(ids)
+    theirs = hf.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        max_new_tokens=args.new_tokens,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=None,
+        pad_token_id=0,
+    )[0, ids.shape[1] :].tolist()
+    end = time.perf_counter()
+    show = tokenizer.decode if tokenizer else lambda tokens: " ".join(map(str, tokens))
+    print(f"jaxattn ({middle - start:.1f} s, compilation included): {show(ours)}")
+    print(f"torch   ({end - middle:.1f} s): {show(theirs)}")
+    same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b), len(ours))
+    print(f"{same} of {len(ours)} tokens equal before the first that differs")
+    return 0 if same == len(ours) else 1
 
 
 def run_diff(args) -> int:

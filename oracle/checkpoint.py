@@ -23,7 +23,7 @@ import torch
 from oracle.attention import to_numpy, to_torch
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_HUB_FILES = ["config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json"]
+_HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model"]
 _META = {
     "tok_embeddings.weight": "model.embed_tokens.weight",
     "norm.weight": "model.norm.weight",
