@@ -42,6 +42,8 @@ def test_compulsory_is_inputs_and_outputs_once(report):
 
 def test_an_argument_that_is_not_used_is_not_compulsory():
     assert profile(lambda x, unused: x + 1, shape(100), shape(1000)).compulsory.read == 400
+    integers = shape(100, dtype=jnp.int32), shape(100, dtype=jnp.int32)
+    assert profile(lambda x, y: x + y * 0, *integers).compulsory.read == 400  # XLA finds that y does not matter
 
 
 def test_flops_count_the_product(report):
