@@ -96,7 +96,7 @@ class Triton(Implementation):
             raise ValueError(f'Triton platform={self.platform!r} must be "cuda" or None')
 
     def refusal(self, problem: Problem) -> str | None:
-        dtype, head_dim = problem.query.dtype, max(problem.query.shape[-1], problem.value.shape[-1])
+        dtype, head_dim = problem.key.dtype, max(problem.query.shape[-1], problem.value.shape[-1])
         if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
             return f"the kernels take bfloat16, float16 and float32, not {dtype}; blockwise takes all"
         if head_dim > _MAX_HEAD_DIM:
@@ -540,7 +540,8 @@ def _forward_kernel(q_ref, k_ref, v_ref, bias_ref, mask, visits, out_ref, lse_re
                 x, inside = jnp.where(allowed, x, -jnp.inf), _any(allowed, 0) if tile.layout.clears else inside
             m_next = jnp.maximum(m, x.max(1))
             shift = online_softmax.finite(m_next) * c
-            alpha, p = tile.exp2(m, -shift), tile.exp2(x, -shift[:, None])
+            alpha = jnp.exp2(m * c - shift)  # both products rounded: exactly 1 where the maximum stays
+            p = tile.exp2(x, -shift[:, None])
             v = _load_heads(v_ref, b, _down(s), k_head, _down(inside))
             o = online_softmax.rescale(o, alpha) + _dot(p.astype(v.dtype), v, tile.config.precision)
             return m_next, l * alpha + p.sum(1), o
@@ -750,7 +751,7 @@ def _call(kernel, tile: _Tile, grid, outputs, operands, name: str):
         grid=grid,
         compiler_params=_backend().CompilerParams(num_warps=tiling.num_warps, num_stages=tiling.num_stages),
         interpret=tile.config.interpret,
-        name=f"{name}_{tiling.block_q}x{tiling.block_k}_{tiling.num_warps}w{tiling.num_stages}s",
+        name=f"{name}_{tiling.block_q}x{tiling.block_k}_{tiling.num_warps}w{tiling.num_stages}s_h{operands[0].shape[-1]}",
     )(*operands)
 
 
