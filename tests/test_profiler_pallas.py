@@ -143,6 +143,14 @@ def test_tiled_product_equals_its_closed_form(pipelined):
     assert got.confidence == "exact"
 
 
+@pytest.mark.parametrize("pipelined", [False, True])
+def test_tiled_product_that_fits_reads_its_operands_from_memory_once(pipelined):
+    fn = functools.partial(matmul, bm=64, bn=32, bk=16, pipelined=pipelined)
+    report = profile(fn, shape(256, 64), shape(64, 128))
+    assert report.dram.cold.read.low == (256 * 64 + 64 * 128) * F32
+    assert report.dram.cold.written.low == 256 * 128 * F32
+
+
 def test_pipelined_block_is_not_fetched_again_where_its_index_stays():
     got = traffic_of(functools.partial(matmul, bm=64, bn=32, bk=64, pipelined=True), shape(256, 64), shape(64, 128))
     assert got.read[0] == 256 * 64 * F32  # one block of x serves all columns: K fits in it

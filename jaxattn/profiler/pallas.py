@@ -58,7 +58,7 @@ class _UnknownLoop(Exception):
 
 def control_operands(equation) -> tuple[int, ...]:
     """The inputs of a `pallas_call` whose values its loop bounds, branches, masks or indices depend on."""
-    if not _is_triton(equation):
+    if not is_triton(equation):
         return ()
     jaxpr = opened(equation.params["jaxpr"])
     used = _KernelCut(frozenset(), {}).inputs(jaxpr, [False] * len(jaxpr.outvars))
@@ -75,10 +75,11 @@ def traffic(equation, operands: dict[int, np.ndarray]) -> KernelTraffic:
         equation: the `pallas_call` equation.
         operands: values of inputs, by number, where they are known.
     """
-    return _Kernel(equation, operands).triton() if _is_triton(equation) else _Kernel(equation, operands).blocks()
+    return _Kernel(equation, operands).triton() if is_triton(equation) else _Kernel(equation, operands).blocks()
 
 
-def _is_triton(equation) -> bool:
+def is_triton(equation) -> bool:
+    """Whether a `pallas_call` is meant for the Triton backend: its compiler parameters say so."""
     return "triton" in type(equation.params.get("compiler_params")).__module__
 
 
@@ -159,12 +160,17 @@ class _Box:
     def ranges(self, grid) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(bytes, start, stop) in a layout where the boxes of different grid points do not interleave.
 
-        Of the axes that a box covers in part, the longest slides; of the others whole boxes are numbered.
+        One axis slides: that along which a loop moves the box, else the longest of which a box is a part. Of the
+        others whole boxes are numbered.
         """
-        shape, extents = self.reference.shape, self.extents
+        shape, extents = self.reference.shape, list(self.extents)
+        joined = [max(int((h - lo).max()) + 1, 1) for lo, h in zip(self.low, self.high, strict=True)]
+        moved = [d for d, (e, j) in enumerate(zip(extents, joined, strict=True)) if j > e]
         partial = [d for d, (e, n) in enumerate(zip(extents, shape, strict=True)) if e < n]
-        sliding = [d for d in partial if extents[d] > 1] or partial or [0]
+        sliding = moved or [d for d in partial if extents[d] > 1] or partial or [0]
         slide = max(sliding, key=lambda d: shape[d]) if shape else 0
+        for d in moved:
+            extents[d] = joined[d]
         outer, unit = np.zeros((1,) * len(grid), np.int64), self.reference.itemsize
         for d, (e, n) in enumerate(zip(extents, shape, strict=True)):
             if d != slide:

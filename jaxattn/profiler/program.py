@@ -186,6 +186,9 @@ def _label(jaxpr: core.ClosedJaxpr) -> tuple[core.ClosedJaxpr, dict[int, Site]]:
 
 
 def _compiled_kernel(equation):
+    """The kernel itself; without Triton's parameters, what asks to be interpreted may be no kernel of a GPU."""
+    if equation.params["interpret"] and "triton" not in type(equation.params.get("compiler_params")).__module__:
+        return _opaque_kernel(equation)
     return equation.replace(params={**equation.params, "interpret": False})
 
 
