@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -63,18 +62,9 @@ def check(case: Case, implementation=None) -> None:
 CASES = cover(DRAWN)
 
 
-@pytest.fixture(scope="session")
-def checked(request):
-    """Every chosen case, two at a time: compilers and torch leave Python, so a second core has work."""
-    chosen = [item.callspec.params["case"] for item in request.session.items if "checked" in item.fixturenames]
-    with ThreadPoolExecutor(max_workers=2) as pool:
-        yield {case: pool.submit(check, case) for case in chosen}
-        pool.shutdown(cancel_futures=True)
-
-
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_implementation_is_as_accurate_as_torch_and_exact_where_nothing_may_be_attended(case, checked):
-    checked[case].result()
+def test_implementation_is_as_accurate_as_torch_and_exact_where_nothing_may_be_attended(case):
+    check(case)
 
 
 def test_the_cases_cover_every_two_values_and_are_at_least_three_hundred():
