@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -251,12 +250,6 @@ def write(data: dict, folder: Path) -> list[Path]:
     except ImportError as error:
         print(f"No figure: {error}. Install with pip install -e '.[bench]'", file=sys.stderr)
     return paths
-
-
-def picture(folder: Path) -> list[Path]:
-    """Runs this command in a process of its own, for a caller that holds no framework; returns what it saved."""
-    subprocess.run([sys.executable, "-m", "bench", "traffic", "--out", str(folder)], cwd=ROOT, check=False)
-    return [path for path in (folder / f"traffic.{end}" for end in ("json", "txt", "png")) if path.exists()]
 
 
 def _bytes(n: float) -> str:

@@ -18,6 +18,7 @@ from jaxattn.profiler import private_jax, program, resources, targets
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)
+    from jax.experimental import pallas as pl
     from jax.experimental.pallas.ops.gpu import attention as pallas_ops
 
 try:
@@ -128,6 +129,7 @@ def test_interpreted_kernel_is_compiled_for_the_target():
 
     report = profiler.profile(interpreted, *QKV, target="h100")
     assert [(row.opcode, row.calls, row.confidence) for row in report.rows] == [("pallas_call", 1, "exact")]
+    assert any("registers" in note and "mha_forward" in note for note in report.notes)
 
 
 @needs_wheels
@@ -138,6 +140,23 @@ def test_other_targets_compile(slug):
     )
     assert report.target == targets.get(slug).name
     assert report.requested.read >= 256 * 256 * 4
+
+
+@needs_wheels
+def test_interpreted_kernel_of_another_backend_is_an_opaque_call():
+    def double(x_ref, out_ref):
+        out_ref[...] = x_ref[...] * 2
+
+    x = jax.ShapeDtypeStruct((64, 64), jnp.float32)
+
+    def fn(y):
+        spec = pl.BlockSpec((16, 64), lambda i: (i, 0))
+        return pl.pallas_call(double, grid=(4,), in_specs=[spec], out_specs=spec, out_shape=x, interpret=True)(y) + 1
+
+    report = profiler.profile(fn, x, target="h200")
+    row = next(r for r in report.rows if r.opcode == "pallas_call")
+    assert (row.read, row.written, row.calls) == (64 * 64 * 4, 64 * 64 * 4, 1)
+    assert row.source.startswith(__file__)
 
 
 @needs_wheels

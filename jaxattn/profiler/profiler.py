@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from jaxattn.profiler import l2, pallas, program, targets, traffic, trips
+from jaxattn.profiler import l2, pallas, private_jax, program, resources, targets, traffic, trips
 from jaxattn.profiler.compile import Compiled, compile_for, compile_here, find_wheels
 from jaxattn.profiler.hlo import Instruction
 from jaxattn.profiler.report import Dram, DramTraffic, Interval, Report, Row, Traffic
@@ -49,7 +49,9 @@ def profile(fn, *args, target: str | None = None, wheels: Path | str | None = No
         find_wheels(wheels)
         traced = program.trace(fn, args, facts)
         compiled = compile_for(traced.lower_for_cuda(facts), facts, wheels)
-    return _Profile(traced, compiled, facts).report()
+    found = _Profile(traced, compiled, facts)
+    taken = resources.resources_of(compiled, facts, wheels, found.kernel_names()) if target else ()
+    return found.report(tuple(f"Pallas kernel {kernel}" for kernel in taken))
 
 
 class _Profile:
@@ -118,7 +120,7 @@ class _Profile:
 
     # --- the report
 
-    def report(self) -> Report:
+    def report(self, more_notes: tuple[str, ...] = ()) -> Report:
         times, uncounted = traffic.runs(self.module, self.loop, self.branches)
         unknown = [self.describe(i) for i in uncounted]
         rows = []
@@ -135,6 +137,7 @@ class _Profile:
             notes.insert(0, "The program was run once, cut down to its control flow, to count loops and branches.")
         for label, kernel in self.kernel_traffic.items():
             notes += [f"Pallas kernel {self.kernel_name(label)}: {reason}" for reason in kernel.reasons]
+        notes += more_notes
         return Report(
             name=self.traced.name,
             target=self.facts.name,
@@ -161,6 +164,7 @@ class _Profile:
             kernel = self.kernel_traffic[label]
             read, written, flops = sum(kernel.read.values()), sum(kernel.written.values()), kernel.flops
             name, opcode, confidence = self.kernel_name(label), "pallas_call", kernel.confidence
+            source = private_jax.user_line(self.traced.sites[label].equation.source_info) or source
             if confidence == "unknown":
                 unknown.append(f"Pallas kernel {name}: {kernel.reasons[0]}")
         else:
@@ -182,6 +186,10 @@ class _Profile:
             other_sources=others,
             flops=flops * (calls or 0),
         )
+
+    def kernel_names(self) -> set[str]:
+        """Names under which the module's Pallas kernels were compiled."""
+        return {self.kernel_name(label) for label in self.kernel_traffic}
 
     def kernel_name(self, label: int) -> str:
         params = self.traced.sites[label].equation.params

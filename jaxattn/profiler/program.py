@@ -188,15 +188,17 @@ def _label(jaxpr: core.ClosedJaxpr) -> tuple[core.ClosedJaxpr, dict[int, Site]]:
 def _compiled_kernel(equation):
     """The kernel itself; without Triton's parameters, what asks to be interpreted may be no kernel of a GPU."""
     if equation.params["interpret"] and "triton" not in type(equation.params.get("compiler_params")).__module__:
-        return _opaque_kernel(equation)
+        return _opaque_kernel(equation, for_gpu=True)
     return equation.replace(params={**equation.params, "interpret": False})
 
 
-def _opaque_kernel(equation):
+def _opaque_kernel(equation, for_gpu: bool = False):
     """A call of the same arguments and results that XLA cannot see into and that nobody ever runs."""
     results = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.outvars]
 
     def call(*operands):
+        if for_gpu:  # the callback's own handler, since the compiler wants one and `pure_callback` wants the GPU
+            return jax.ffi.ffi_call("xla_ffi_python_gpu_callback", results)(*operands, index=np.uint64(0))
         return jax.pure_callback(_never_run, results, *operands)
 
     return _calling(call, equation)

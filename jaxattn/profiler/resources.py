@@ -79,14 +79,16 @@ def kernel_resources(
     return resources_of(compile_for(lowered, device, wheels, options), device, wheels)
 
 
-def resources_of(compiled: Compiled, target: Target, wheels: Path | str | None = None) -> tuple[KernelResources, ...]:
-    """The same for a program that is already compiled."""
+def resources_of(
+    compiled: Compiled, target: Target, wheels: Path | str | None = None, names: set[str] | None = None
+) -> tuple[KernelResources, ...]:
+    """The same for a program that is already compiled; with `names`, for these kernels alone."""
     ptxas = find_wheels(wheels) / "nvidia" / "cu13" / "bin" / "ptxas"
     launches = _launches(compiled.launches)
     found = {}
     for ptx in compiled.ptx:
         for name, code in _entries(ptx).items():
-            if name in launches:
+            if name in launches and (names is None or name in names):
                 found[name] = (ptx, code)
     said = _assemble(ptxas, target.arch, [ptx for ptx, _ in found.values()])
     order = [name for name in launches if name in found]
