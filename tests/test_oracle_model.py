@@ -1,0 +1,61 @@
+"""The whole model: logits and greedy tokens equal to Hugging Face's, and a comparison that fails when they
+are not."""
+
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+from jaxattn import nn, rope
+from oracle import __main__ as command
+from oracle import checkpoint, parity
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return checkpoint.make(tmp_path_factory.mktemp("tiny"), shapes=checkpoint.TINY)
+
+
+@pytest.mark.parametrize("name", ["naive", "blockwise"])
+def test_logits_and_64_greedy_tokens_of_a_left_padded_batch_are_hugging_face_s(folder, name):
+    rows = parity.compare_model(folder, "tiny", "float32", parity.implementation(name))
+    assert [row.stage for row in rows] == ["logits", "greedy tokens"]
+    assert all(row.verdict for row in rows), "\n".join(map(str, rows))
+
+
+@pytest.mark.parametrize("name", ["triton", "loops"])
+def test_slow_implementations_agree_on_a_short_run(folder, name):
+    rows = parity.compare_model(folder, "tiny", "float32", parity.implementation(name), tokens=4, new_tokens=4)
+    assert all(row.verdict for row in rows), "\n".join(map(str, rows))
+
+
+def test_bfloat16_logits_follow_the_accuracy_rule(folder):
+    rows = parity.compare_model(folder, "tiny", "bfloat16", "naive", tokens=64)
+    assert all(row.verdict for row in rows), "\n".join(map(str, rows))
+
+
+def test_untied_embeddings_and_biases_agree(tmp_path):
+    shapes = checkpoint.Shapes(
+        layers=1, vocabulary=40, d_model=32, heads=4, kv_heads=1, head_dim=8, mlp=24, rope="default", tied=False,
+        attention_bias=True, mlp_bias=True,
+    )  # fmt: skip
+    checkpoint.make(tmp_path, shapes=shapes, dtype="float32")
+    rows = parity.compare_model(tmp_path, "biased", "float32", "naive", tokens=8, new_tokens=4)
+    assert all(row.verdict for row in rows), "\n".join(map(str, rows))
+
+
+def test_a_wrong_rotation_fails_the_comparison(folder, monkeypatch):
+    monkeypatch.setattr(rope, "_llama3", lambda inv_freq, scaling: inv_freq * 0.9)
+    logits, _ = parity.compare_model(folder, "tiny", "float32", "naive", tokens=8, new_tokens=2)
+    assert not logits.verdict
+
+
+def test_generate_prints_both_and_fails_where_they_differ(folder, capsys, monkeypatch):
+    arguments = ["generate", "--checkpoint", str(folder), "--new-tokens", "5"]
+    assert command.main(arguments) == 0
+    assert "5 of 5 tokens equal" in capsys.readouterr().out
+    generate = nn.generate
+    monkeypatch.setattr(nn, "generate", lambda *args: generate(*args).at[0, 3].add(1))
+    assert command.main(arguments) == 1
+    assert "3 of 5 tokens equal before the first that differs" in capsys.readouterr().out
+    assert command.main([*arguments, "--prompt", "hello"]) == 2
+    assert "needs a tokenizer" in capsys.readouterr().err
