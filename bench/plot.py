@@ -43,7 +43,7 @@ STYLES = {
     "torch-sdpa-cudnn": Style("#005c42", "H"),
     "torch-flex": Style("#40c0a0", "8"),
     "jaxattn-layer": Style("#d55e00", "s", "-."),
-    "hf-eager-layer": Style("#56b4e9", "D", ":"),
+    "hf-eager-layer": Style("#56b4e9", "d", "--"),
     "hf-sdpa-layer": Style("#004d80", "p", "-."),
 }
 OTHER = Style("#404040", "+", "-")  # a user's own function
