@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
+import jaxattn
 from bench import counters, traffic
 from jaxattn.profiler import Report, profile
 from jaxattn.profiler.report import format_bytes
@@ -155,6 +156,24 @@ def test_a_small_transformers_training_step_is_profiled_in_5_seconds_over_its_co
     report = profile(step, weights, x)
     assert time.process_time() - start < compiled + 5
     assert {row.calls for row in report.rows} >= {1, 6}
+
+
+@pytest.mark.parametrize("name", ["naive", "blockwise"])
+def test_attention_at_16384_is_profiled_in_2_seconds_over_its_compile_time(name):
+    x = shape(1, 16384, 8, 64, dtype=jnp.bfloat16)
+
+    def attention(q, k, v):
+        return jaxattn.dot_product_attention(q, k, v, is_causal=True, implementation=name)
+
+    start = time.process_time()
+    jax.jit(attention).lower(x, x, x).compile()
+    compiled = time.process_time() - start
+    jax.clear_caches()
+    start = time.process_time()
+    report = profile(attention, x, x, x)
+    assert time.process_time() - start < compiled + 2
+    assert report.requested.total > 1e9
+    assert not report.unknown
 
 
 # --- bench traffic

@@ -17,7 +17,8 @@ from jaxattn.profiler.hlo import Buffer, Computation, Instruction, Module
 from jaxattn.profiler.traffic import Access, LoopRuns
 
 _CHUNKS = 128  # pieces of the cache that are replaced as one
-_BUDGET = 60_000  # kernel accesses replayed one by one; loops beyond are extrapolated from their third step
+_BUDGET = 60_000  # kernel accesses replayed one by one; loops beyond are extrapolated from their second or third step
+_SECTOR = 32  # bytes: less than that, in a loop, is a counter or a bound
 _LARGEST_TABLE, _LARGEST_VALUE = 1 << 20, 1 << 12  # elements: constants that are read, arrays that are computed
 
 
@@ -136,11 +137,14 @@ class Replay:
                 for i, inner in enumerate(instruction.called):
                     for parameter in inner.parameters:
                         self.callers.setdefault(parameter, (instruction, i))
+        self.outside_loops = set(module.entry.instructions)
         self.homes: dict[tuple[Instruction, tuple[int, ...]], Buffer] = {}
         self.costs: dict[Instruction, list[Access]] = {}
         self.weights: dict[Computation, float] = {}
         self.entered: dict[Instruction, int] = {}
         self.literals: dict[Instruction, object] = {}
+        self.events: list = []
+        self.started: dict[Instruction, list[tuple[int, int]]] = {}
         self.extrapolated = False
         self.guessed: set[str] = set()
 
@@ -151,17 +155,32 @@ class Replay:
         """
         chunk = max(capacity // _CHUNKS, 4096)
         self.caches = [Cache(capacity, chunk), Cache(capacity // 2, chunk)]
-        self.once()
+        self.run(self.module.entry, {}, 0)
         first = [(cache.read, cache.written) for cache in self.caches]
         cold = [Dram(cache.read, cache.written + cache.dirty) for cache in self.caches]
-        self.once()
+        for event in self.events:
+            self.apply(event)
         warm = [Dram(c.read - read, c.written - written) for c, (read, written) in zip(self.caches, first, strict=True)]
         return (cold[0], warm[0]), (cold[1], warm[1])
 
-    def once(self) -> None:
-        """One call of the program."""
-        self.entered.clear()
-        self.run(self.module.entry, {}, 0)
+    def emit(self, event) -> None:
+        """Notes and applies an event: the second call of the program repeats those of the first."""
+        self.events.append(event)
+        self.apply(event)
+
+    def apply(self, event) -> None:
+        """A kernel's ranges; or the start of a loop's step; or that the last such step is repeated, how often."""
+        if isinstance(event, list):
+            for cache in self.caches:
+                cache.stream(event)
+            return
+        loop, repeats = event
+        if not repeats:
+            self.started[loop] = [(cache.read, cache.written) for cache in self.caches]
+            return
+        for cache, (read, written) in zip(self.caches, self.started[loop], strict=True):
+            cache.read += (cache.read - read) * repeats
+            cache.written += (cache.written - written) * repeats
 
     # --- where values live
 
@@ -215,8 +234,8 @@ class Replay:
         condition, body = traffic.while_parts(instruction)
         state = scalars.value(instruction.operands[0])
         trips = self.trips(instruction)
-        step, before = 0, None
-        heavy = self.weight(body) * (trips or 1) > _BUDGET
+        step = 0
+        heavy = trips is not None and trips > 4 and self.weight(body) * trips > _BUDGET
         while True:
             if trips is None or instruction.trip_count is None:
                 go_on = _Scalars({0: state}, self.literals).value(condition.root)
@@ -227,13 +246,12 @@ class Replay:
                     break
             elif step >= trips:
                 break
-            if heavy and trips is not None and step == 3 and trips > 4:
+            if heavy and step == (2 if self.weight(body) > _BUDGET / 4 else 3):
                 self.extrapolated = True
-                for cache, (read, written) in zip(self.caches, before, strict=True):
-                    cache.read += (cache.read - read) * (trips - step)
-                    cache.written += (cache.written - written) * (trips - step)
+                self.emit((instruction, trips - step))
                 break
-            before = [(cache.read, cache.written) for cache in self.caches]
+            if heavy:
+                self.emit((instruction, 0))
             state = self.run(body, {0: state}, step).value(body.root)
             step += 1
         scalars.values[instruction] = state
@@ -288,7 +306,8 @@ class Replay:
 
     def accesses(self, instruction) -> list[Access]:
         if instruction not in self.costs:
-            self.costs[instruction] = list(traffic.cost(instruction).accesses)
+            least = 0 if instruction in self.outside_loops else _SECTOR
+            self.costs[instruction] = [a for a in traffic.cost(instruction).accesses if a.bytes >= least]
         return self.costs[instruction]
 
     def kernel(self, instruction, scalars, step):
@@ -304,7 +323,7 @@ class Replay:
                         else self.home(instruction, leaves[number - n])
                     )
                     ranges.append((home.allocation, home.offset + start, home.offset + stop, is_write))
-                self.stream(ranges)
+                self.emit(ranges)
             return
         ranges = []
         for access in self.accesses(instruction):
@@ -315,11 +334,8 @@ class Replay:
                 start = self.offset(access, instruction, scalars, step, home.size)
             if size:
                 ranges.append((home.allocation, home.offset + start, home.offset + start + size, access.is_write))
-        self.stream(ranges)
-
-    def stream(self, ranges) -> None:
-        for cache in self.caches:
-            cache.stream(ranges)
+        if ranges:
+            self.emit(ranges)
 
     def offset(self, access, instruction, scalars, step, size) -> int:
         """Where a slice starts: by its indices where they can be followed, else the step's next one."""

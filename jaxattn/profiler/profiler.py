@@ -224,7 +224,7 @@ class _Profile:
             return Interval(*ends)
 
         if replay.extrapolated:
-            notes.append("DRAM (model): long loops were replayed for three steps and extrapolated.")
+            notes.append("DRAM (model): long loops were replayed for two or three steps and extrapolated.")
         if replay.guessed:
             notes.append(f"DRAM (model): {len(replay.guessed)} slices at positions that are data were taken in turn.")
         cold, warm = (DramTraffic(interval(s, "read"), interval(s, "written")) for s in (0, 1))
