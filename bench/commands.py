@@ -19,6 +19,7 @@ COMMANDS = {
     "gpu": Command("bench.gpu", "everything for a machine with a GPU, each part saved when it is done"),
     "cpu": Command("bench.cpu", "blockwise against torch on a CPU, in pairs"),
     "conformance": Command("bench.conformance", "the meaning of every argument, tried on peers"),
+    "masks": Command("bench.masks", "a picture of every attention pattern, and what its empty tiles save"),
     "traffic": Command("bench.traffic", "bytes moved against length, naive against tiled"),
     "counters": Command("bench.counters", "hardware counters beside the model, on a GPU"),
     "tune": Command("bench.tune", "block sizes for the kernels"),

@@ -94,3 +94,20 @@ def test_the_examples_in_the_docstrings_are_true():
     results = doctest.testmod(patterns)
     assert results.attempted >= 9
     assert results.failed == 0
+
+
+def test_every_pattern_is_drawn_and_counted(tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    from bench import masks
+
+    picture = tmp_path / "masks.png"
+    assert masks.main(["--length", "64", "--block", "8", "--out", str(picture)]) == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    for name, mask in masks.patterns(64, 8).items():
+        stats = mask.stats(64, 64, 8)
+        row = next(line for line in printed.splitlines() if f" {name} " in line)
+        assert [int(x) for x in row.split("│")[2:5]] == [stats[kind] for kind in ("empty", "partial", "full")]
+    with pytest.raises(SystemExit):
+        masks.main(["--length", "4", "--block", "8"])
+    assert "--block 8 must be at least 1 and at most --length 4" in capsys.readouterr().err
