@@ -50,13 +50,15 @@ def dot_product_attention(
         logits = soft_cap(scale * q k^T) + bias, masked;  output = softmax(logits) v
         soft_cap(x) = cap * tanh(x / cap)
 
-    A query that may attend nothing gives output 0, gradients 0 and log-sum-exp -inf.
+    A query that may attend nothing gives output 0, gradients 0 and log-sum-exp -inf. ("xla" and "cudnn" call `jax.nn`:
+    such queries and the log-sum-exp are as they are there.)
 
     Args:
       query: [B, T, N, H]; the batch axis may be absent in query, key and value together.
       key: [B, S, K, H]. Query head n reads key head n // (N / K).
       value: [B, S, K, Hv]; Hv may differ from H.
-      bias: added to the logits; 2 to 4 dimensions that broadcast to [B, N, T, S]. -inf masks.
+      bias: added to the logits; 2 to 4 dimensions that broadcast to [B, N, T, S]. -inf masks (but only a mask
+        keeps NaN in keys and values from spreading).
       mask: a mask object (`Causal`, `Window`, ..., see `jaxattn.masks`), or a boolean array, True where attention
         is allowed, of 2 to 4 dimensions that broadcast to [B, N, T, S].
       scale: factor of q k^T; None is 1 / sqrt(H).
@@ -139,7 +141,8 @@ def explain(
             local_window_size, logits_soft_cap,
         )  # fmt: skip
         asked = _resolve(implementation) if implementation is not None else None
-        candidates = [asked if asked is not None and asked.name == name else _resolve(name) for name in IMPLEMENTATIONS]
+        candidates = [_resolve(name) for name in IMPLEMENTATIONS if asked is None or name != asked.name]
+        candidates += [] if asked is None else [asked]
         refusals = {candidate.name: candidate.refusal(problem) for candidate in candidates}
         runs = asked.name if asked else next(name for name in _CHOICE if refusals[name] is None)
         for name, refusal in refusals.items():
@@ -257,10 +260,12 @@ def _check(
     ):
         if array.shape[axis] != size:
             raise ValueError(f"{name} {_shape(array)} must have {letter}={size} on axis {axis}, as {of} has")
+    if any(isinstance(n, int) and n < 1 for n in (B, T, S, N, K, H)):
+        raise ValueError(f"every axis must have at least one entry, got B={B}, T={T}, S={S}, N={N}, K={K}, H={H}")
     if N % K:
         raise ValueError(f"N={N} query heads must be a multiple of K={K} key/value heads")
-    if cap is not None and not cap > 0:
-        raise ValueError(f"logits_soft_cap={cap} must be positive, or None for none")
+    if cap is not None and (isinstance(cap, jax.core.Tracer) or not cap > 0):
+        raise ValueError(f"logits_soft_cap={cap} must be a positive number, or None for none; it is static")
 
     shape = (B, N, T, S)
     if bias is not None:
@@ -326,7 +331,7 @@ def _lengths(name: str, lengths, B):
 
 
 def _window(size) -> tuple[int, int]:
-    pair = (size, size) if isinstance(size, (int, np.integer)) else tuple(size)
+    pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
     if len(pair) != 2 or not all(isinstance(x, (int, np.integer)) and x >= 0 for x in pair):
         raise ValueError(f"local_window_size={size!r} must be an int of at least 0, or a pair (left, right) of them")
     return pair

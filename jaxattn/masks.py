@@ -631,21 +631,34 @@ class Dense(Mask):
         return allowed
 
     def tile(self, t, s):
-        if max(t.start.ndim, s.start.ndim) > 2:
+        if not (_is_grid(t, self.array.shape[-2]) and _is_grid(s, self.array.shape[-1])):  # shifted
             return super().tile(t, s)
-        some = every = self.array
-        xp = _module(self.array, t.start, s.start)
+        xp = _module(self.array)
+        some, every = self.array, self.array
         for axis, span in ((-2, t), (-1, s)):
-            length = self.array.shape[axis]
-            index = xp.ravel(span.start)[:, None] + np.arange(span.size)
-            beyond = index >= xp.ravel(span.stop)[:, None]
-            outside = ~_inside(index, length) & (length > 1)
-            index = xp.clip(index, 0, length - 1)
-            if axis == -2:
-                beyond, outside = beyond[..., None], outside[..., None]
-            some, every = xp.take(some, index, axis=axis), xp.take(every, index, axis=axis)
-            some, every = (some & ~beyond & ~outside).any(axis), ((every & ~outside) | beyond).all(axis)
+            if self.array.shape[axis] > 1:
+                some, every = _by_block(xp, some, axis, span.size, False), _by_block(xp, every, axis, span.size, True)
+                some, every = some.any(axis), every.all(axis)
         return _code(some, every)
+
+
+def _is_grid(span: Span, length: int) -> bool:
+    """Whether the span is the blocks of [0, length), or the axis has length 1 and is broadcast."""
+    if length == 1:
+        return True
+    if not isinstance(span.start, np.ndarray):
+        return False
+    return np.array_equal(np.ravel(span.start), np.arange(0, length, span.size)) and np.max(span.stop) == length
+
+
+def _by_block(xp, array, axis: int, size: int, fill: bool):
+    """The axis as two, blocks and the `size` entries of each; `fill` after the end."""
+    length = array.shape[axis]
+    if length % size:
+        widths = [(0, -length % size if i == array.ndim + axis else 0) for i in range(array.ndim)]
+        array = xp.pad(array, widths, constant_values=fill)
+    axis += array.ndim
+    return array.reshape(*array.shape[:axis], -1, size, *array.shape[axis + 1 :])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

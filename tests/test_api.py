@@ -1,8 +1,10 @@
 """dot_product_attention as a drop-in for jax.nn's, its errors, explain, and attention_weights."""
 
+import dataclasses
 import functools
 import inspect
 import re
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -171,7 +173,7 @@ def test_soft_cap_bounds_the_logits_before_the_bias():
         assert_close(out, np.einsum("bkgts,bskh->btkgh", weights, v).reshape(B, T, N, H).astype("float32"))
 
 
-@pytest.mark.parametrize("implementation", ["naive", "blockwise"])
+@pytest.mark.parametrize("implementation", ["naive", "blockwise", "xla"])
 def test_scale_may_be_traced_and_differentiated(implementation):
     def f(scale):
         return (dot_product_attention(*operands(), scale=scale, implementation=implementation) ** 2).sum()
@@ -197,7 +199,9 @@ BAD = {
     "key_value_seq_lengths must be an int array": {"key_value_seq_lengths": jnp.ones(2)},
     "local_window_size=(1, 2, 3) must be": {"local_window_size": (1, 2, 3)},
     "local_window_size=-1 must be": {"local_window_size": -1},
-    "logits_soft_cap=0.0 must be positive": {"logits_soft_cap": 0.0},
+    "local_window_size=1.5 must be": {"local_window_size": 1.5},
+    "every axis must have at least one entry, got B=2, T=0": {"query": jnp.ones((2, 0, 4, 8))},
+    "logits_soft_cap=0.0 must be a positive number": {"logits_soft_cap": 0.0},
     "implementation='flash' must be None, one of": {"implementation": "flash"},
 }  # fmt: skip
 
@@ -241,6 +245,20 @@ def test_explain_says_what_runs_and_why_others_do_not():
     assert "cannot run: jax.nn.dot_product_attention has no soft cap" in lines["xla"]
     named = explain(*shapes, implementation="naive").splitlines()
     assert [line for line in named if " runs: " in line] == ["naive      runs: asked for by name"]
+
+
+def test_explain_shows_an_own_implementation():
+    @dataclasses.dataclass(frozen=True)
+    class Mine(Naive):
+        name: ClassVar[str] = "mine"
+
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands()]
+    running = [line for line in explain(*shapes, implementation=Mine()).splitlines() if " runs: " in line]
+    assert running == ["mine       runs: asked for by name"]
+
+
+def test_explain_raises_as_the_function_does():
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands()]
     with pytest.raises(ValueError, match="N=4 query heads"):
         explain(shapes[0], *(jax.ShapeDtypeStruct((B, S, 3, H), "float32"),) * 2)
 

@@ -41,9 +41,13 @@ def forward_and_gradients(implementation, mask, *arrays, **options):
     return run(*arrays)
 
 
-def compiled(T, gradient=False, bias=False):
+def compiled(T, gradient=False, bias=False, dense=False):
     q, k = (jax.ShapeDtypeStruct((1, T, n, 64), "float32") for n in (32, 8))
     bias = (jax.ShapeDtypeStruct((1, 1, 1, T), "float32"),) if bias else ()
+    if dense:
+        mask = jax.ShapeDtypeStruct((1, 1, T, T), bool)
+        f = jax.jit(lambda q, k, v, mask: dot_product_attention(q, k, v, mask=mask, implementation="blockwise"))
+        return f.lower(q, k, k, mask).compile(), 4 * T * 64 * (2 * 32 + 2 * 8)
 
     def f(q, k, v, *bias):
         return dot_product_attention(q, k, v, *bias, is_causal=True, implementation="blockwise")
@@ -72,6 +76,13 @@ def test_the_scores_never_exist_at_16384_tokens(gradient):
 def test_temporaries_of_forward_and_backward_grow_linearly():
     sizes = [compiled(T, gradient=True, bias=True)[0].memory_analysis().temp_size_in_bytes for T in (2048, 4096, 8192)]
     assert sizes[2] - sizes[1] <= 2.02 * (sizes[1] - sizes[0])
+
+
+@pytest.mark.parametrize("T", [4096, 4100])
+def test_a_boolean_mask_is_read_but_not_copied(T):
+    # Where blocks cut it, one padded copy of the mask, a byte a pair; never scores, 128 bytes a pair.
+    plain, masked = (compiled(T, dense=dense)[0].memory_analysis().temp_size_in_bytes for dense in (False, True))
+    assert masked - plain <= (T % 512 > 0) * 2.2 * T * T + 2**20
 
 
 MASKS = {
@@ -216,13 +227,33 @@ def test_batch_and_heads_sharded_over_eight_devices_need_no_collective(mask, axi
     assert_close(jax.device_get(result), jax.device_get(expected))
 
 
-def test_one_bias_for_all_batch_elements_adds_its_gradient_up_over_devices():
-    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
+@pytest.mark.parametrize("K", [1, 2, 4])
+def test_query_heads_may_be_split_where_key_value_heads_are_whole(K, axis_type):
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(axis_type,) * 2)
+    arrays = operands(B=2, T=12, S=12, N=8, K=K)
+    expected = forward_and_gradients(Blockwise(8, 8), Causal(), *arrays)
+    with jax.set_mesh(mesh):
+        specs = P("data", None, "model"), P("data"), P("data")
+        sharded = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, specs, strict=True)]
+        forward = jax.jit(lambda *x: dot_product_attention(*x, is_causal=True, implementation=Blockwise(8, 8)))
+        module = forward.lower(*sharded).compile().as_text()
+        result = forward(*sharded)
+        gradients = jax.jit(jax.grad(lambda *x: (forward(*x) ** 2).sum(), (0, 1, 2)))(*sharded)
+    assert "all-gather(" not in module
+    assert "all-reduce(" not in module
+    assert_close(jax.device_get(result), jax.device_get(expected[0][0]))
+    whole = jax.jit(jax.grad(lambda *x: (dot_product_attention(*x, is_causal=True) ** 2).sum(), (0, 1, 2)))(*arrays)
+    assert_close(jax.device_get(gradients), jax.device_get(whole), "gradient")
+
+
+@pytest.mark.parametrize("batch", ["data", ("data", "fsdp")], ids=str)
+def test_one_bias_for_all_batch_elements_adds_its_gradient_up_over_devices(batch):
+    mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "model"), axis_types=(AxisType.Auto,) * 3)
     arrays = (*operands(B=4, T=12, S=12, N=8, K=4), random((12, 12), 6))
     expected = forward_and_gradients(Blockwise(8, 8), Causal(), *arrays)
-    heads = NamedSharding(mesh, P("data", None, "model"))
+    heads = NamedSharding(mesh, P(batch, None, "model"))
     sharded = [jax.device_put(x, heads) for x in arrays[:3]]
-    result = forward_and_gradients(
-        Blockwise(8, 8), Causal(), *sharded, jax.device_put(arrays[3], NamedSharding(mesh, P()))
-    )
+    bias = jax.device_put(arrays[3], NamedSharding(mesh, P()))
+    result = forward_and_gradients(Blockwise(8, 8), Causal(), *sharded, bias)
     assert_close(jax.device_get(result), jax.device_get(expected), "gradient")

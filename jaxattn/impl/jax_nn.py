@@ -41,7 +41,7 @@ class JaxNN(Implementation):
             mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
             mask = jnp.broadcast_to(mask, (*mask.shape[:2], T, S))
         out, lse = jax.nn.dot_product_attention(
-            problem.query,
+            problem.query.astype(problem.key.dtype),  # wider where a traced scale was multiplied in
             problem.key,
             problem.value,
             problem.bias,
@@ -72,6 +72,9 @@ class Cudnn(JaxNN):
             return f"cuDNN needs an NVIDIA GPU, and JAX runs on {jax.default_backend()}"
         if problem.query.dtype not in (jnp.bfloat16, jnp.float16):
             return f"cuDNN wants bfloat16 or float16, not {problem.query.dtype}"
+        options, _ = _split(problem.mask, problem.sizes[0])
+        if options.get("local_window_size", (0, 0))[1] > 0 and not options["is_causal"]:
+            return f"cuDNN has no window to the right without a causal mask, got {options['local_window_size']}"
         return super().refusal(problem)
 
 

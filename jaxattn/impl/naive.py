@@ -59,7 +59,7 @@ class Naive(Implementation):
             "BTKGH,BSKH->BKGTS",
             query_BTKGH,
             key_BSKH,
-            precision=dot_precision(key_BSKH.dtype, self.precision),
+            precision=dot_precision(problem.query.dtype, self.precision),
             preferred_element_type=accumulator_dtype(problem.query.dtype),
         )
         logits_BKGTS = soft_cap(logits_BKGTS * problem.scale, problem.soft_cap)

@@ -7,6 +7,7 @@ that batch elements and key/value heads are independent, so each device runs the
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -34,7 +35,7 @@ def independent(function: Callable, axes_in, axes_out, summed=None) -> Callable:
     def call(*args):
         flat, tree = jax.tree.flatten(args)
         letters_in = _letters(axes_in, args)
-        sizes = {}
+        sizes = {"k": 1}
         for array, letters in zip(flat, letters_in, strict=True):
             sizes |= {x: n for x, n in zip(letters, array.shape, strict=True) if x in "bkn"}
 
@@ -43,58 +44,87 @@ def independent(function: Callable, axes_in, axes_out, summed=None) -> Callable:
             return function(*jax.tree.unflatten(tree, flat))
 
         shapes = jax.eval_shape(flat_function, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in flat))
-        letters_out = _letters(axes_out, shapes)
+        letters_out, names_out = _letters(axes_out, shapes), jax.tree.leaves(axes_out)
         sums = [""] * len(letters_out) if summed is None else jax.tree.leaves(summed)
 
         def local(split):
             def run(*flat):
+                if split["shared"]:  # key/value heads are whole: each shard takes those that its query heads read
+                    head = jax.lax.axis_index(split["n"]) * sizes["k"] // split["count"]
+                    width = max(sizes["k"] // split["count"], 1)
+                    flat = [
+                        jax.lax.dynamic_slice_in_dim(x, head, width, letters.index("k")) if "k" in letters else x
+                        for x, letters in zip(flat, letters_in, strict=True)
+                    ]
                 results = []
-                for result, over in zip(jax.tree.leaves(flat_function(*flat)), sums, strict=True):
-                    names = tuple(split[letter] for letter in over if split[letter] is not None)
-                    results.append(jax.lax.psum(result, names) if names else result)
+                for x, letters, over in zip(jax.tree.leaves(flat_function(*flat)), names_out, sums, strict=True):
+                    if split["shared"] and "k" in letters:
+                        shape = [sizes["k"] if letter == "k" else n for letter, n in zip(letters, x.shape, strict=True)]
+                        x = jax.lax.dynamic_update_slice_in_dim(
+                            jax.numpy.zeros(shape, x.dtype), x, head, letters.index("k")
+                        )
+                        over += "n"
+                    names = [name for letter in over for name in _names(split[letter])]
+                    results.append(jax.lax.psum(x, tuple(names)) if names else x)
                 return tuple(results)
 
             return run
 
         def partition(mesh, arg_shapes, result_shapes):
-            split = _split(letters_in, [x.sharding.spec for x in arg_shapes])
+            split = _split(letters_in, [x.sharding.spec for x in arg_shapes], sizes, mesh.shape)
             outer, inner = (
                 tuple(NamedSharding(mesh, spec) for spec in _specs(letters, split))
                 for letters in (letters_out, letters_in)
             )
             return mesh, local(split), outer, inner
 
-        split = _split(letters_in, [jax.typeof(x).sharding.spec for x in flat])
-        if any(split.values()):  # a mesh with explicit axes: the types say how the arrays are split
+        types = [jax.typeof(x).sharding for x in flat]
+        split = _split(letters_in, [x.spec for x in types], sizes, types[0].mesh.shape)
+        if split["b"] or split["n"]:  # a mesh with explicit axes: the types say how the arrays are split
+            specs = _specs(letters_in, split)
+            flat = [jax.reshard(x, spec) for x, spec in zip(flat, specs, strict=True)]
             results = jax.shard_map(
                 local(split),
-                in_specs=tuple(_specs(letters_in, split)),
+                in_specs=tuple(specs),
                 out_specs=tuple(_specs(letters_out, split)),
                 check_vma=False,
             )(*flat)
         else:  # the partitioner decides, or there is one device
             partitioned = custom_partitioning(lambda *flat: tuple(jax.tree.leaves(flat_function(*flat))))
-            partitioned.def_partition(partition=partition, **_sharding_rule(letters_in, letters_out, sizes))
+            partitioned.def_partition(partition=partition, **_sharding_rule(letters_in, letters_out))
             results = partitioned(*flat)
         return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
     return call
 
 
-def _split(all_letters, specs) -> dict:
-    """The mesh axis, if any, that splits the batch (b), and the one that splits the heads (k and n)."""
-    split = {"b": None, "k": None}
+def _split(all_letters, specs, sizes, mesh_shape) -> dict:
+    """The mesh axes that split batch (b), query heads (n) and key/value heads (k); None for what stays whole.
+
+    Where key/value heads are whole while query heads are split into `count` shards, they are `shared`.
+    """
+    axes: dict = {"b": None, "k": None, "n": None}
     for letters, spec in zip(all_letters, specs, strict=True):
         for letter, axis in zip(letters, spec, strict=False):
-            if letter in split and split[letter] is None:
-                split[letter] = axis
-    if split["k"] == split["b"]:  # one mesh axis cannot split both
-        split["k"] = None
-    return split | {"n": split["k"]}
+            if letter in axes and axes[letter] is None:
+                axes[letter] = axis
+    heads, K = axes["n"] if axes["k"] is None else axes["k"], sizes["k"]
+    count = math.prod(mesh_shape[name] for name in _names(heads))
+    if set(_names(heads)) & set(_names(axes["b"])) or (K % count and count % K):
+        heads, count = None, 1  # one mesh axis cannot split both; groups cannot be cut at other places
+    shared = heads is not None and (axes["k"] is None or K % count != 0)
+    return {"b": axes["b"], "n": heads, "k": None if shared else heads, "shared": shared, "count": count}
+
+
+def _names(axis) -> tuple:
+    """The mesh axes of one entry of a PartitionSpec."""
+    return () if axis is None else axis if isinstance(axis, tuple) else (axis,)
 
 
 def _specs(all_letters, split) -> list[PartitionSpec]:
-    return [PartitionSpec(*(split.get(letter) for letter in letters)) for letters in all_letters]
+    return [
+        PartitionSpec(*(split[letter] if letter in "bkn" else None for letter in letters)) for letters in all_letters
+    ]
 
 
 def _letters(axes, arrays) -> list[str]:
@@ -106,19 +136,13 @@ def _letters(axes, arrays) -> list[str]:
     ]
 
 
-def _sharding_rule(letters_in, letters_out, sizes) -> dict:
-    """The rule in Shardy's notation: b and k are shared factors, n is k times the heads of a group, others alone."""
+def _sharding_rule(letters_in, letters_out) -> dict:
+    """The rule in Shardy's notation: b, k and n are factors that may be split, every other axis is one of its own."""
     others: list[str] = []  # in order of appearance, as Shardy wants them
 
     def name(letter):
-        if letter in "bk":
+        if letter in "bkn":
             return letter
-        if letter == "n" and sizes.get("k", 1) > 1:
-            if sizes["k"] == sizes["n"]:
-                return "k"
-            if "g" not in others:
-                others.append("g")
-            return "(k g)"
         others.append(f"x{len(others)}")
         return others[-1]
 
@@ -126,5 +150,4 @@ def _sharding_rule(letters_in, letters_out, sizes) -> dict:
         return ", ".join(" ".join(map(name, letters)) for letters in all_letters)
 
     rule = f"{side(letters_in)} -> {side(letters_out)}"
-    group = {"g": sizes["n"] // sizes["k"]} if "g" in others else {}
-    return {"sharding_rule": rule, "need_replication_factors": tuple(others), **group}
+    return {"sharding_rule": rule, "need_replication_factors": tuple(others)}
