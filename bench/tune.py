@@ -7,6 +7,8 @@ the space falls away there, so a GPU measures only what can win; without one a r
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import json
 import statistics
 import sys
@@ -20,7 +22,7 @@ from rich.progress import track
 
 from bench import environment
 from jaxattn import Causal, Full, dot_product_attention
-from jaxattn.impl.triton import Tiling, Triton
+from jaxattn.impl.triton import Tiling, Triton, default_tiling
 from jaxattn.profiler import resources, targets
 
 FACTS = Path(__file__).parent / "results" / "triton_compile_facts.json"
@@ -60,14 +62,16 @@ def main(argv: list[str]) -> int:
     """Tune on the GPU that is here, or with --facts for compute capabilities 9.0 and 8.0 without one."""
     parser = argparse.ArgumentParser(prog="python -m bench tune", description=main.__doc__)
     parser.add_argument("--facts", action="store_true", help="compile every tiling, write the facts and pick by rule")
+    parser.add_argument("--kernel", choices=KERNELS, action="append", help="with --facts: only this; may be repeated")
+    parser.add_argument("--pick", action="store_true", help="pick again by rule from the facts that are there")
     parser.add_argument("--wheels", type=Path, help="folder of the compile wheels, where not the usual one")
     parser.add_argument("--minutes", type=float, default=0.8, help="time to measure in; what matters most comes first")
     parser.add_argument("--write", action="store_true", help="write what was measured into the table that ships")
     arguments = parser.parse_args(argv)
-    if arguments.facts:
-        facts = [fact for device in TARGETS for fact in compile_facts(device, arguments.wheels)]
+    if arguments.facts or arguments.pick:
+        facts = read(FACTS) if arguments.pick else all_facts(arguments.kernel or KERNELS, arguments.wheels)
         write_facts(facts)
-        write_table([*(pick(facts)), *(row for row in read(TABLE) if row["device"] not in TARGETS)])
+        write_table([*pick(facts), *(row for row in read(TABLE) if row["device"] not in TARGETS)])
         print(f"Facts: {FACTS}\nTable: {TABLE}")
         return 0
     if jax.default_backend() != "gpu":
@@ -80,13 +84,13 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def space(kernel: str, head_dim: int) -> list[Tiling]:
+def space(kernel: str, head_dim: int) -> tuple[Tiling, ...]:
     """The tilings worth compiling: accumulators that registers may hold, at least 64 rows for wgmma."""
-    return [
+    return tuple(
         Tiling(*map(int, blocks.split("/")), num_stages)
         for blocks, stages in SPACE[kernel, head_dim]
         for num_stages in stages
-    ]
+    )
 
 
 def shared_bytes(kernel: str, head_dim: int, tiling: Tiling) -> int:
@@ -98,29 +102,42 @@ def shared_bytes(kernel: str, head_dim: int, tiling: Tiling) -> int:
     return 4 * head_dim * (kept + streamed * tiling.num_stages)
 
 
-def program(kernel: str, head_dim: int, tilings: list[Tiling], mask=None, dtype="bfloat16"):
-    """A function that runs one kernel once for each tiling, at Llama-3.2-1B's heads, and its arguments' shapes."""
-    T, S, N, K = (1, 8192, 32, 8) if kernel == "decode" else (4096, 4096, 32, 8)
-    mask = (Causal(S - T) if mask is None else mask) if kernel != "decode" else Full()
-    shapes = [jax.ShapeDtypeStruct((1, n, heads, head_dim), dtype) for n, heads in ((T, N), (S, K), (S, K), (T, N))]
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Tilings of one kernel at one head dim, at Llama-3.2-1B's heads: causal, or one query and many keys."""
 
-    def run(q, k, v, g):
-        results = []
-        for tiling in tilings:
-            implementation = implement(kernel, tiling, platform="cuda")
+    kernel: str
+    head_dim: int
+    tilings: tuple[Tiling, ...]
 
-            def attend(q, k, v, implementation=implementation):
-                return dot_product_attention(q, k, v, mask=mask, implementation=implementation)
+    @property
+    def shapes(self) -> list[jax.ShapeDtypeStruct]:
+        """Query, key, value and the output's cotangent."""
+        T, S = (1, 8192) if self.kernel == "decode" else (4096, 4096)
+        sizes = ((T, 32), (S, 8), (S, 8), (T, 32))
+        return [jax.ShapeDtypeStruct((1, n, heads, self.head_dim), "bfloat16") for n, heads in sizes]
 
-            if kernel in ("forward", "decode"):
-                results.append(attend(q, k, v))
-            elif kernel == "dq":
-                results.append(jax.vjp(lambda q, attend=attend: attend(q, k, v), q)[1](g))
-            else:
-                results.append(jax.vjp(lambda k, v, attend=attend: attend(q, k, v), k, v)[1](g))
+    def run(self, q, k, v, g) -> list:
+        """The kernel once for each tiling; the forward ones without and with the log-sum-exp, which differ."""
+        mask, results = Full() if self.kernel == "decode" else Causal(), []
+        for tiling in self.tilings:
+            implementation = implement(self.kernel, tiling, platform="cuda")
+            results.append(run_kernel(self.kernel, implementation, mask, q, k, v, g))
+            if self.kernel in ("forward", "decode"):
+                options = {"implementation": implementation, "return_residual": True}
+                results.append(dot_product_attention(q, k, v, mask=mask, **options))
         return results
 
-    return run, shapes
+
+def run_kernel(kernel: str, implementation, mask, q, k, v, g):
+    """What a kernel computes; what else a gradient needs is dropped by the compiler, the forward kernel excepted."""
+
+    def attend(q, k, v):
+        return dot_product_attention(q, k, v, mask=mask, implementation=implementation)
+
+    if kernel in ("forward", "decode"):
+        return attend(q, k, v)
+    return jax.vjp(attend, q, k, v)[1](g)[slice(0, 1) if kernel == "dq" else slice(1, 3)]
 
 
 def implement(kernel: str, tiling: Tiling, **options) -> Triton:
@@ -131,30 +148,53 @@ def implement(kernel: str, tiling: Tiling, **options) -> Triton:
     return Triton(**fields, **options)
 
 
-def compile_facts(device: str, wheels: Path | None, kernels=KERNELS, head_dims=HEAD_DIMS, only=None) -> list[dict]:
-    """What the compiler says of every tiling (or of those in `only`) for a compute capability; causal, bfloat16."""
-    limit = targets.get(TARGETS[device]).shared_bytes_per_block
-    facts = []
-    jobs = [(kernel, head_dim) for head_dim in head_dims for kernel in kernels]
-    for kernel, head_dim in track(jobs, description=f"Compiling for {device}"):
-        tilings = only(kernel, head_dim) if only else space(kernel, head_dim)
-        tilings = [tiling for tiling in tilings if shared_bytes(kernel, head_dim, tiling) + 2048 <= limit]
-        run, shapes = program(kernel, head_dim, tilings)
-        found = resources.kernel_resources(run, *shapes, target=TARGETS[device], wheels=wheels)
-        for tiling in tilings:
-            facts.append(fact(device, kernel, head_dim, tiling, found))
-    return facts
+def compile_facts(device: str, jobs: list[Job], wheels: Path | None = None) -> list[dict]:
+    """What the compiler says of every tiling of some jobs, compiled as one program for a compute capability."""
+    limit = targets.get(TARGETS[device]).shared_bytes_per_block - 2048
+    jobs = [
+        dataclasses.replace(
+            job, tilings=tuple(x for x in job.tilings if shared_bytes(job.kernel, job.head_dim, x) <= limit)
+        )
+        for job in jobs
+    ]
+
+    def run(*arguments):
+        return [job.run(*given) for job, given in zip(jobs, arguments, strict=True)]
+
+    found = resources.kernel_resources(run, *(job.shapes for job in jobs), target=TARGETS[device], wheels=wheels)
+    return [fact(device, job, tiling, found) for job in jobs for tiling in job.tilings]
 
 
-def fact(device: str, kernel: str, head_dim: int, tiling: Tiling, found) -> dict:
-    """One row of the facts, from the resources of the kernel that has this tiling."""
-    name = "attention_" + ("forward" if kernel == "decode" else kernel)
-    suffix = f"_{tiling.block_q}x{tiling.block_k}_{tiling.num_warps}w{tiling.num_stages}s"
-    (kernel_found,) = [x for x in found if x.name.startswith(name) and suffix in x.name]
+def all_facts(kernels, wheels: Path | None) -> list[dict]:
+    """The facts of the whole space, those of some kernels new, those of the others as they were."""
+    jobs = [(device, Job(*key, space(*key))) for device in TARGETS for key in SPACE]
+    facts = read(FACTS)
+    for device, job in track([x for x in jobs if x[1].kernel in kernels], description="Compiling"):
+        facts = [x for x in facts if (x["device"], x["kernel"], x["head_dim"]) != (device, job.kernel, job.head_dim)]
+        facts += compile_facts(device, [job], wheels)
+    order = [(device, job.kernel, job.head_dim) for device, job in jobs]
+    return sorted(facts, key=lambda x: order.index((x["device"], x["kernel"], x["head_dim"])))
+
+
+def shipped(device: str) -> list[Job]:
+    """The tilings that the library takes on a compute capability where nothing was measured."""
+    return [
+        Job(kernel, head_dim, (default_tiling(kernel, head_dim, "bfloat16", devices=(device,)),))
+        for head_dim in HEAD_DIMS
+        for kernel in KERNELS
+    ]
+
+
+def fact(device: str, job: Job, tiling: Tiling, found) -> dict:
+    """One row of the facts, from the resources of the kernel that has this tiling and head dim."""
+    name = "attention_" + ("forward" if job.kernel == "decode" else job.kernel)
+    suffix = f"_{tiling.block_q}x{tiling.block_k}_{tiling.num_warps}w{tiling.num_stages}s_h{job.head_dim}"
+    variants = [x for x in found if x.name.startswith(name) and suffix in x.name]
+    kernel_found = max(variants, key=lambda x: (x.spill_store_bytes, x.registers))
     return {
         "device": device,
-        "kernel": kernel,
-        "head_dim": head_dim,
+        "kernel": job.kernel,
+        "head_dim": job.head_dim,
         "tiling": [tiling.block_q, tiling.block_k, tiling.num_warps, tiling.num_stages],
         "registers": kernel_found.registers,
         "spilled_bytes": kernel_found.spill_store_bytes + kernel_found.spill_load_bytes,
@@ -180,14 +220,16 @@ def rank(fact: dict) -> tuple:
     """The rule without a measurement; the smallest wins.
 
     First two programs on a core, for one's exponentials overlap the other's products; then the larger block_q block_k
-    / (block_q + block_k), the products per loaded number; then fewer warps, for a warp with more rows reads each key
-    tile for more of them; then more stages. A decoding kernel waits for memory alone: most bytes in flight win.
+    / (block_q + block_k), the products per loaded number; then three stages, one tile in use, one arriving and one to
+    spare; then fewer warps, for a warp with more rows reads each key tile for more of them. A decoding kernel waits
+    for memory alone: most keys in flight win.
     """
     block_q, block_k, num_warps, num_stages = fact["tiling"]
     programs = min(fact["blocks_per_core"], 2)
     if fact["kernel"] == "decode":
         return -fact["blocks_per_core"] * block_k * (num_stages - 1), num_warps, num_stages
-    return -programs, -block_q * block_k / (block_q + block_k), num_warps, -num_stages
+    intensity = block_q * block_k / (block_q + block_k)
+    return -programs, -intensity, -min(num_stages, 3), num_warps, num_stages, -block_q
 
 
 def pick(facts: list[dict]) -> list[dict]:
@@ -220,7 +262,9 @@ def measure(facts: list[dict], seconds: float) -> list[dict]:
         for candidate in sorted(filter(survives, alive), key=rank):
             if time.monotonic() > end:
                 break
-            times[tuple(candidate["tiling"])] = milliseconds(kernel, head_dim, candidate["tiling"], masked, long)
+            implementation, T = implement(kernel, Tiling(*candidate["tiling"])), 4096 if long else 1024
+            mask, shape = Causal() if masked else Full(), (16384 // T, T, head_dim)
+            times[tuple(candidate["tiling"])] = milliseconds(kernel, implementation, mask, shape)
         if not times:
             break
         best = min(times, key=times.get)
@@ -232,29 +276,15 @@ def measure(facts: list[dict], seconds: float) -> list[dict]:
     return rows
 
 
-def milliseconds(kernel: str, head_dim: int, tiling: list[int], masked: bool, long: bool, repeats: int = 10) -> float:
-    """Median time of one kernel with what surrounds it, after its result was found right; infinite where wrong."""
-    T = 4096 if long else 1024
-    shapes = [(16384 // T, T, heads, head_dim) for heads in (16, 4, 4, 16)]
+def milliseconds(kernel: str, implementation, mask, shape: tuple[int, int, int], repeats: int = 10) -> float:
+    """Median time of one kernel with what surrounds it; infinite where its result is wrong. shape: B, T, head dim."""
+    B, T, head_dim = shape
+    shapes = [(B, T, heads, head_dim) for heads in (16, 4, 4, 16)]
     keys = jax.random.split(jax.random.key(0), 4)
     arrays = [jax.random.normal(key, shape, jnp.bfloat16) for key, shape in zip(keys, shapes, strict=True)]
-    mask = Causal() if masked else Full()
-
-    def function(implementation):
-        def attend(q, k, v):
-            return dot_product_attention(q, k, v, mask=mask, implementation=implementation)
-
-        def run(q, k, v, g):
-            if kernel == "forward":
-                return attend(q, k, v)
-            return jax.vjp(attend, q, k, v)[1](g)[slice(0, 1) if kernel == "dq" else slice(1, 3)]
-
-        return jax.jit(run)
-
-    run = function(implement(kernel, Tiling(*tiling)))
+    run, naive = [jax.jit(functools.partial(run_kernel, kernel, x, mask)) for x in (implementation, "naive")]
     first = [x[:1, :512] for x in arrays]
-    results = [jax.tree.leaves(function(x)(*first)) for x in (implement(kernel, Tiling(*tiling)), "naive")]
-    for actual, expected in zip(*results, strict=True):
+    for actual, expected in zip(jax.tree.leaves(run(*first)), jax.tree.leaves(naive(*first)), strict=True):
         difference = np.asarray(actual, np.float32) - np.asarray(expected, np.float32)
         if not np.sqrt(np.mean(difference**2)) <= 0.02 * np.sqrt(np.mean(np.asarray(expected, np.float32) ** 2)):
             return float("inf")

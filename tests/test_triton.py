@@ -1,6 +1,8 @@
 """The Triton kernels, through Pallas' interpreter against the definition, and lowered for CUDA without a GPU."""
 
+import dataclasses
 import functools
+import json
 import sys
 import warnings
 
@@ -11,10 +13,12 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from bench import tune
 from jaxattn import (
     Causal,
     Dense,
     Dilated,
+    Full,
     Global,
     Lengths,
     RandomBlocks,
@@ -24,7 +28,10 @@ from jaxattn import (
     dot_product_attention,
     explain,
 )
+from jaxattn.impl import triton
 from jaxattn.impl.triton import Tiling
+from jaxattn.profiler import compile as compiling
+from jaxattn.profiler import program, targets
 from tests.tolerance import assert_close
 
 _TILING = Tiling(16, 16, 4, 1)
@@ -65,7 +72,8 @@ def gradients(implementation, q, k, v, bias=None, mask=None, **options):
 
 
 def _compiled(function):
-    return jax.jit(function, compiler_options={"xla_backend_optimization_level": 0})
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else {}
+    return jax.jit(function, compiler_options=options)
 
 
 CASES = {
@@ -219,6 +227,103 @@ def test_an_absent_backend_is_a_reason_not_an_import_error(monkeypatch):
     assert dot_product_attention(q, k, v).shape == q.shape
 
 
+def wheels_missing() -> str:
+    try:
+        compiling.find_wheels()
+    except FileNotFoundError as error:
+        return str(error)
+    return ""
+
+
+needs_wheels = pytest.mark.skipif(bool(wheels_missing()), reason=wheels_missing())
+
+
+@needs_wheels
+@pytest.mark.parametrize("device", tune.TARGETS)
+def test_shipped_tilings_use_tensor_cores_and_spill_nothing(device):
+    facts = tune.compile_facts(device, tune.shipped(device))
+    assert len(facts) == len(tune.KERNELS) * len(tune.HEAD_DIMS)
+    assert not [fact for fact in facts if not tune.survives(fact)]
+
+
+@needs_wheels
+@pytest.mark.slow
+@pytest.mark.parametrize("device", tune.TARGETS)
+@pytest.mark.parametrize("key", tune.SPACE, ids=str)
+def test_compile_facts_are_those_committed(device, key):
+    facts = tune.compile_facts(device, [tune.Job(*key, tune.space(*key))])
+    committed = [x for x in tune.read(tune.FACTS) if (x["device"], x["kernel"], x["head_dim"]) == (device, *key)]
+    assert [x["tiling"] for x in facts] == [x["tiling"] for x in committed]
+    assert [tune.survives(x) for x in facts] == [tune.survives(x) for x in committed]
+
+
+def test_the_table_holds_what_the_rule_picks_from_the_committed_facts():
+    table = [row for row in tune.read(tune.TABLE) if row["device"] in tune.TARGETS]
+    assert table == tune.pick(tune.read(tune.FACTS))
+    assert len(table) == len(tune.TARGETS) * len(tune.SPACE)
+
+
+@needs_wheels
+@pytest.mark.parametrize("mask", [Full(), Causal(), Window(100, 0) & Causal()], ids=str)
+def test_forward_with_a_static_mask_needs_no_temporaries(mask):
+    def run(q, k, v):
+        return dot_product_attention(q, k, v, mask=mask, implementation=Triton(platform="cuda"))
+
+    target = targets.get("h100")
+    shapes = [jax.ShapeDtypeStruct((1, 4096, heads, 64), "bfloat16") for heads in (32, 8, 8)]
+    compiled = compiling.compile_for(program.trace(run, shapes, target).lower_for_cuda(target), target)
+    assert compiled.temp_bytes == 0
+
+
+def test_a_measured_row_of_the_table_goes_before_the_rule(tmp_path, monkeypatch):
+    rows = [
+        {"device": "9.0", "kernel": "forward", "head_dim": 128, "tiling": [64, 64, 4, 2]},
+        {"device": "9.0", "kernel": "forward", "head_dim": 64, "tiling": [64, 32, 4, 2]},
+        {
+            "device": "h100",
+            "kernel": "forward",
+            "head_dim": 64,
+            "masked": True,
+            "long": True,
+            "tiling": [128, 32, 4, 2],
+        },
+    ]
+    monkeypatch.setattr(triton, "_TABLE", tmp_path / "table.json")
+    triton._TABLE.write_text(json.dumps(rows))
+    here = ("h100", "9.0")
+    assert triton.default_tiling("forward", 40, "bfloat16", True, 4096, here) == Tiling(128, 32, 4, 2)
+    assert triton.default_tiling("forward", 40, "bfloat16", False, 4096, here) == Tiling(64, 32, 4, 2)
+    assert triton.default_tiling("forward", 40, "bfloat16", True, 512, here) == Tiling(64, 32, 4, 2)
+    assert triton.default_tiling("forward", 96, "float16", True, 4096, here) == Tiling(64, 64, 4, 2)
+
+
+def test_the_rule_drops_what_spills_serializes_or_leaves_the_tensor_cores():
+    fine = {"device": "9.0", "kernel": "forward", "head_dim": 64, "tiling": [128, 64, 4, 3]}
+    fine |= {"wgmma": 16, "mma": 0, "spilled_bytes": 0, "serialized": False, "blocks_per_core": 2}
+    bad = ({"wgmma": 0, "mma": 8}, {"spilled_bytes": 4}, {"serialized": True}, {"blocks_per_core": 0})
+    larger = fine | {"tiling": [128, 128, 8, 2]}
+    assert tune.survives(fine)
+    assert not any(tune.survives(fine | x) for x in bad)
+    assert tune.pick([fine, *(larger | x for x in bad)])[0]["tiling"] == fine["tiling"]
+    assert tune.pick([fine, larger])[0]["tiling"] == larger["tiling"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["forward", "dq", "dkv"])
+def test_tuning_times_a_right_kernel_and_not_a_wrong_one(kernel, monkeypatch):
+    shape = (1, 32, 16)
+    assert 0 < tune.milliseconds(kernel, TINY, Causal(), shape, repeats=1) < float("inf")
+    monkeypatch.setattr(triton._Tile, "factor", 1.0)
+    wrong = dataclasses.replace(TINY, splits=1)  # another value, so that it is traced anew
+    assert tune.milliseconds(kernel, wrong, Causal(), shape, repeats=1) == float("inf")
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="says what happens on a CPU")
+def test_tuning_without_a_gpu_says_so(capsys):
+    assert tune.main([]) == 2
+    assert "No GPU" in capsys.readouterr().err
+
+
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="says what happens on a CPU")
 def test_a_cpu_runs_the_kernel_only_when_asked_to_interpret():
     q, k, v = operands(1, 8, 8, 1, 1, 16)
@@ -239,3 +344,32 @@ def test_a_cpu_runs_the_kernel_only_when_asked_to_interpret():
 def test_wrong_tuning_raises(arguments, message):
     with pytest.raises(ValueError, match=message):
         Triton(**arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("case", CASES)
+def test_native_kernels_match_naive(case, dtype):
+    (B, T, S, N, K, H, *H_v), options = CASES[case]
+    q, k, v = operands(B, T, S, N, K, H, *H_v, dtype=dtype)
+    for function, kind in ((attention, "reordered"), (gradients, "gradient")):
+        actual, expected = [function(implementation, q, k, v, **options) for implementation in (Triton(), "naive")]
+        assert_close(actual, expected, kind)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [16, 40, 64, 96, 111, 128, 256])
+def test_native_kernels_match_naive_at_length(head_dim):
+    q, k, v = operands(2, 1000, 1100, 8, 2, head_dim, dtype="bfloat16")
+    for function, kind in ((attention, "reordered"), (gradients, "gradient")):
+        actual, expected = [
+            function(implementation, q, k, v, mask=Causal(100)) for implementation in (Triton(), "naive")
+        ]
+        assert_close(actual, expected, kind)
+
+
+@pytest.mark.gpu
+def test_native_kernels_give_the_same_bits_each_time():
+    q, k, v = operands(2, 1000, 1000, 8, 2, 64, dtype="bfloat16")
+    first, second = [gradients(Triton(), q, k, v, is_causal=True) for _ in range(2)]
+    assert_close(first, second, "same")
