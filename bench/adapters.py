@@ -248,7 +248,7 @@ def _jaxattn_layer(problem: Problem) -> Callable:
 
     from jaxattn import llama, nn
 
-    rope = dataclasses.replace(llama.LLAMA_3_2_1B.rope, head_dim=problem.head_dim)
+    rope = dataclasses.replace(llama.LLAMA_3_2_1B.rope, head_dim=problem.head_dim, rotary_dim=None)
     layer = nnx.eval_shape(
         lambda: nn.Attention(
             problem.width(),

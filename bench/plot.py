@@ -112,7 +112,7 @@ def draw(data: dict, folder: Path) -> list[Path]:
         stem = name_of(key, many)
         for kind, figure in (("time", time_figure), ("tflops", rate_figure), ("memory", memory_figure)):
             paths.append(figure(data, key, rows, folder / f"{stem}-{kind}.png"))
-        if any(row["error"] and row["times_s"] for row in rows):
+        if any(row["error"] and row["times_s"] and not row["layer"] for row in rows):
             paths.append(error_figure(data, key, rows, folder / f"{stem}-error.png"))
         if any(counted(row) for row in rows):
             paths.append(bytes_figure(data, key, rows, folder / f"{stem}-bytes.png"))

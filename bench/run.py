@@ -526,7 +526,11 @@ class Runner:
             row["status"], row["reason"] = "skipped", memory_reason(needed, limit)
             return
         if self.settings.traffic and row["framework"] == "jax":
-            reply = child.ask("traffic", COMPILE_S)
+            try:
+                reply = child.ask("traffic", COMPILE_S)
+            except ChildFailure as failure:
+                row["status"], row["reason"] = failure.status, failure.reason
+                return
             row["traffic"] = reply if reply.pop("ok") else {"reason": reply["reason"]}
         rows_path = str(self.scratch / "rows.npz")
         patience_s = max(FIRST_CALL_S, 10 * (row.get("predicted_s") or 0))

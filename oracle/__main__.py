@@ -216,7 +216,6 @@ def run_parity(args) -> int:
 def _subjects(args, folder, problems: list[str]):
     """What is compared: (subject, dtypes, implementations); the first is the main one, the last rotates
     partly."""
-    import jax
 
     from oracle import checkpoint, parity
     from oracle import llama as reference
@@ -224,7 +223,7 @@ def _subjects(args, folder, problems: list[str]):
     model = checkpoint.load_model(folder)
     _check_layer(args.layer, model.config.num_hidden_layers)
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, args.tokens))
-    names = ("naive", "blockwise") + (("triton",) if jax.default_backend() == "gpu" else ())
+    names = ("naive", "blockwise") + (("triton",) if parity.kernels_run_here() else ())
     subject = parity.llama_subject(folder, model, ids, name="llama", layer=args.layer)
     problems += reference.hugging_face_is_sound(model, subject.x, layer=args.layer)
     yield subject, ("float32", "bfloat16"), names
