@@ -384,7 +384,7 @@ class _Scalars:
             if instruction not in self.literals:
                 self.literals[instruction] = _literal(instruction)
             return self.literals[instruction]
-        if op in ("copy", "opt-barrier", "convert"):
+        if op in ("copy", "opt-barrier"):
             return self.value(operands[0])
         shape = instruction.shape
         if shape.is_tuple and op == "fusion" and all(p.elements <= _LARGEST_VALUE for p in shape.parts):
@@ -420,11 +420,17 @@ class _Scalars:
         rule = _INTEGERS.get(op)
         if op == "compare":
             rule = _COMPARE.get(wire.text(instruction.fields, 63))
+        if op == "convert":
+            rule = bool if shape.dtype == "bool" else int
         if rule is None:
             return None
         if any(isinstance(v, np.ndarray) for v in values):
-            return np.vectorize(rule, otypes=[np.int64])(*values)
-        return int(rule(*values))
+            typed = [np.asarray(v).astype(o.shape.dtype) for v, o in zip(values, operands, strict=True)]
+            if op == "convert":
+                return typed[0].astype(shape.dtype)
+            rule = _ARRAYS.get(op, rule)
+            return rule(*typed).astype(shape.dtype)
+        return _wrapped(rule(*values), shape.dtype)
 
     def fused(self, fusion: Instruction):
         """The value of a fusion's root."""
@@ -445,6 +451,13 @@ def _along(values: np.ndarray, dimensions: list[int], rank: int) -> np.ndarray:
     return values.reshape(shape)
 
 
+def _wrapped(value: int, dtype: str) -> int:
+    """The value as an integer type holds it: hashes multiply modulo 2**32."""
+    bits = 1 if dtype == "bool" else int(dtype.lstrip("uint"))
+    value = int(value) & ((1 << bits) - 1)
+    return value - (1 << bits) if dtype.startswith("int") and value >> (bits - 1) else value
+
+
 def _quotient(a: int, b: int) -> int:
     return 0 if b == 0 else (abs(a) // abs(b)) * (1 if (a < 0) == (b < 0) else -1)
 
@@ -462,13 +475,23 @@ _INTEGERS = {
     "select": lambda which, a, b: a if which else b,
     "and": lambda a, b: a & b,
     "or": lambda a, b: a | b,
-    "not": lambda a: int(not a),
+    "not": lambda a: ~a,
     "xor": lambda a, b: a ^ b,
     "abs": abs,
     "sign": lambda a: (a > 0) - (a < 0),
     "shift-right-logical": lambda a, b: a >> b,
     "shift-right-arithmetic": lambda a, b: a >> b,
     "shift-left": lambda a, b: a << b,
+}
+# Where arrays need another function than numbers do.
+_ARRAYS = {
+    "divide": np.vectorize(_quotient, otypes=[np.int64]),
+    "remainder": np.vectorize(_INTEGERS["remainder"], otypes=[np.int64]),
+    "maximum": np.maximum,
+    "minimum": np.minimum,
+    "clamp": lambda low, a, high: np.minimum(np.maximum(a, low), high),
+    "select": np.where,
+    "sign": np.sign,
 }
 _COMPARE = {
     "EQ": lambda a, b: a == b,
