@@ -27,8 +27,8 @@ class Adapter:
     itself, in the child process. score_bytes: bytes alive at the peak for each of the B*N*T*S scores, by
     (device, dtype); what is absent is not predicted. extra_queries: further arrays of the query's size
     alive then.
-    tiled: memory grows with T + S, so no length is too long. layer: takes hidden states and weights, and
-    times projections, RoPE and attention. arrange: the inputs as the function takes them.
+    tiled: memory grows with T + S, so no length is too long; None where nobody knows. layer: takes hidden states
+    and weights, and times projections, RoPE and attention. arrange: the inputs as the function takes them.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Adapter:
     refuses: Callable[[Problem], str | None] = lambda problem: None
     score_bytes: dict[tuple[str, str], float] = dataclasses.field(default_factory=dict)
     extra_queries: float = 0.0
-    tiled: bool = False
+    tiled: bool | None = False
     layer: bool = False
     arrange: Callable[[Problem, dict[str, np.ndarray]], tuple] = lambda problem, arrays: tuple(arrays.values())
 
@@ -460,4 +460,4 @@ def find(name: str) -> Adapter:
             return function
         return lambda query, key, value: function(query, key, value, mask=allowed)
 
-    return Adapter(name, name, framework, build)
+    return Adapter(name, name, framework, build, tiled=None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -51,6 +52,7 @@ ORDER = {name: index for index, name in enumerate(STYLES)}
 
 KINDS = ("time", "tflops", "memory", "error", "bytes", "roofline")  # of figures, one group of rows each
 FASTER = 2.0  # flash (a tile of scores at a time) is to be more than so many times as fast as standard
+NEVER = math.inf
 
 
 def style(implementation: str) -> Style:
@@ -74,19 +76,24 @@ def by_implementation(rows: Iterable[dict]) -> dict[str, list[dict]]:
     return dict(sorted(found.items(), key=lambda item: ORDER.get(item[0], len(ORDER))))
 
 
-def crossover(rows: list[dict]) -> int | None:
-    """The first measured length at which the fastest tiled row is more than twice as fast as the fastest
-    standard row; None if there is none. Attention alone, no layers.
+def crossover(rows: list[dict]) -> float | None:
+    """The first measured length at which the fastest tiled row is more than twice as fast as the fastest standard one.
+
+    `NEVER` if there is none; None where no length has a row of each kind. Attention alone: no layers, and no
+    functions of a user, which may be either.
     """
+    compared = False
     for length in sorted({row["keys"] for row in rows}):
-        times: dict[bool, list[float]] = {True: [], False: []}
+        times: dict[bool | None, list[float]] = {True: [], False: [], None: []}
         for row in rows:
             time_ms = results.summary(row).time_ms
             if row["keys"] == length and not row["layer"] and time_ms is not None:
                 times[row["tiled"]].append(time_ms)
-        if times[True] and times[False] and min(times[False]) > FASTER * min(times[True]):
-            return length
-    return None
+        if times[True] and times[False]:
+            compared = True
+            if min(times[False]) > FASTER * min(times[True]):
+                return length
+    return NEVER if compared else None
 
 
 def where(data: dict) -> str:
@@ -219,10 +226,10 @@ def time_figure(data: dict, key: tuple, rows: list[dict], path: Path) -> Path:
     ax = parts[0][0]
     mark_missing(ax, parts[0][1])
     length = crossover(rows)
-    if length is None:
+    if length == NEVER:
         text = "flash more than 2x faster: never"
         ax.text(0.98, 0.02, text, transform=ax.transAxes, ha="right", va="bottom", fontsize=8)
-    else:
+    elif length is not None:
         ax.axvline(length, color="#808080", linewidth=1, linestyle=(0, (6, 3)), zorder=0)
         text = f"dashed grey: from length {length} on\nflash is more than 2x faster"
         ax.text(0.98, 0.02, text, transform=ax.transAxes, ha="right", va="bottom", fontsize=8)

@@ -175,11 +175,14 @@ def findings(rows: list[dict]) -> str:
     sentences = []
     alone = [row for row in rows if not row["layer"]]
     length = plot.crossover(alone)
-    sentences.append(
-        f"Flash (a tile of scores at a time) is more than 2x faster than standard from length {length} on."
-        if length
-        else "Flash is at no measured length more than 2x faster than standard."
-    )
+    if length == plot.NEVER:
+        sentences.append(
+            "Flash (a tile of scores at a time) is at no measured length more than 2x faster than standard."
+        )
+    elif length is not None:
+        sentences.append(
+            f"Flash (a tile of scores at a time) is more than 2x faster than standard from length {length} on."
+        )
     both = speedup(alone)
     if both:
         sentences.append(both)
@@ -196,7 +199,7 @@ def speedup(rows: list[dict]) -> str | None:
     for length in sorted({row["keys"] for row in rows}, reverse=True):
         timed = [row for row in rows if row["keys"] == length and row["times_s"]]
         tiled = [row for row in timed if row["tiled"]]
-        standard = [row for row in timed if not row["tiled"]]
+        standard = [row for row in timed if row["tiled"] is False]
         if not tiled or not standard:
             continue
         fast, slow = (min(part, key=lambda row: results.summary(row).time_ms) for part in (tiled, standard))

@@ -72,7 +72,20 @@ def key(row: dict) -> tuple:
 def save(results: dict, folder: Path) -> None:
     """Write `results.json` so that a reader sees the old file or the new one, never a part."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "results.json", json.dumps(results, indent=1) + "\n")
+    write_text(folder / "results.json", json.dumps(finite(results), indent=1, allow_nan=False) + "\n")
+
+
+def finite(value):
+    """The value with None for NaN and infinities, which JSON has no word for; a row's reason names them.
+
+    >>> finite({"rmse": math.nan, "rows": [1.0, math.inf]})
+    {'rmse': None, 'rows': [1.0, None]}
+    """
+    if isinstance(value, dict):
+        return {name: finite(x) for name, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(x) for x in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_text(path: Path, text: str) -> None:

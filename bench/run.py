@@ -264,6 +264,10 @@ class Runner:
             "rows": [],
         }
         if earlier is not None:
+            differs = differences(earlier, self.results)
+            if differs:
+                self.close()
+                raise RuntimeError(f"--resume: the earlier run is not comparable: {'; '.join(differs)}")
             self.results["rows"] = [row for row in earlier["rows"] if row["status"] in DONE]
             self.results["resumed"] = [*earlier.get("resumed", []), earlier["date"]]
         self.save()
@@ -589,6 +593,23 @@ class Runner:
         self.results["seconds"] = time.monotonic() - self.start
         self.save()
         progress.done(one.row)
+
+
+def differences(earlier: dict, now: dict) -> list[str]:
+    """What makes rows of two runs incomparable: device, versions, commit, seed or threads."""
+
+    def facts(data: dict) -> dict:
+        found, settings = data["environment"], data["settings"]
+        return {
+            "device": found["device_name"],
+            "versions": found["versions"],
+            "commit": data["commit"],
+            "seed": settings["seed"],
+            "threads": settings["threads"],
+        }
+
+    pairs = zip(facts(earlier).items(), facts(now).values(), strict=True)
+    return [f"its {name} is {then}, here it is {this}" for (name, then), this in pairs if then != this]
 
 
 def memory_reason(needed: float, limit: float) -> str:

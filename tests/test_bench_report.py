@@ -1,5 +1,6 @@
 """Figures and reports come from results files only; summaries and comparisons are what they say."""
 
+import copy
 import math
 import subprocess
 import sys
@@ -79,7 +80,34 @@ def example():
 
 def test_crossover_is_the_first_length_at_which_flash_is_more_than_twice_as_fast(example):
     assert plot.crossover(example["rows"]) == 4096
-    assert plot.crossover([one for one in example["rows"] if one["keys"] == 1024]) is None
+    assert plot.crossover([one for one in example["rows"] if one["keys"] == 1024]) == plot.NEVER
+
+
+@pytest.mark.parametrize("unknown", [False, True])
+def test_no_crossover_is_named_where_only_one_kind_was_timed(example, unknown):
+    rows = [one for one in example["rows"] if one["tiled"]]
+    if unknown:  # a user's function, ten times slower
+        rows += [one | {"implementation": "mine:f", "tiled": None, "times_s": [200.0]} for one in rows[-1:]]
+    assert plot.crossover(rows) is None
+    assert "2x" not in report.findings(rows)
+
+
+def test_a_results_file_is_json_even_where_an_error_is_nan(example, tmp_path):
+    example["rows"][0]["error"] = {"rmse": math.nan, "bound": math.inf}
+    results.save(example, tmp_path)
+    assert "NaN" not in (tmp_path / "results.json").read_text()
+    assert results.load(tmp_path)["rows"][0]["error"] == {"rmse": None, "bound": None}
+
+
+def test_runs_on_other_devices_versions_commits_seeds_or_threads_are_not_mixed(example):
+    example["settings"] |= {"seed": 0}
+    assert run.differences(example, copy.deepcopy(example)) == []
+    for path in ("environment/device_name", "environment/versions", "commit", "settings/seed", "settings/threads"):
+        other = copy.deepcopy(example)
+        *folders, name = path.split("/")
+        place = other[folders[0]] if folders else other
+        place[name] = "another"
+        assert len(run.differences(example, other)) == 1, path
 
 
 def test_figures_are_drawn_and_hold_what_was_not_measured_as_hollow_markers(example, tmp_path, monkeypatch):
