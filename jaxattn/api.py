@@ -130,7 +130,7 @@ def explain(
     Example:
       >>> import jax, jaxattn
       >>> x = jax.ShapeDtypeStruct((1, 8, 2, 16), "float32")
-      >>> print(jaxattn.explain(x, x, x, implementation="naive").splitlines()[1])
+      >>> print(jaxattn.explain(x, x, x, implementation="naive").splitlines()[-1])
       naive      runs: asked for by name
     """
     lines = []
