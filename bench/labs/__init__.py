@@ -58,7 +58,7 @@ def perform(name: str, one, options: argparse.Namespace, command: str) -> int:
 
     from bench.labs import lab
 
-    console, start = Console(), time.monotonic()
+    console, start = Console(width=None if sys.stdout.isatty() else 120), time.monotonic()
     settings = {key: value for key, value in vars(options).items() if key not in ("out", "publish")}
     data = lab.record(name, command, settings, one.run(options))
     folder = options.out or lab.folder_for(name)

@@ -126,7 +126,7 @@ def table(title: str, columns: list[str], rows: list[list]) -> Table:
     """A table whose first column is text and whose others are numbers."""
     made = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
     for index, column in enumerate(columns):
-        made.add_column(column, justify="right" if index else "left")
+        made.add_column(column, justify="right" if index else "left", no_wrap=not index)
     for row in rows:
         made.add_row(*map(str, row))
     return made

@@ -25,7 +25,7 @@ import numpy as np
 from bench import child, environment, run
 
 REPEATS = 5
-ENOUGH_S = 2.0  # no further repeat after so much time
+ENOUGH_S = 1.0  # no further repeat after so much time
 
 
 def measure(
@@ -39,7 +39,7 @@ def measure(
       cases: keyword arguments of the function, JSON-ready.
       repeats: at most so many timed calls after the first.
       profile: also count the bytes that one call moves.
-      save: writes the leaves of the last case's result here (.npz).
+      save: a folder for the leaves of each case's result, "0.npz" and so on.
 
     Raises: RuntimeError where the process fails, with its last line.
     """
@@ -142,8 +142,9 @@ def main() -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     request = json.load(sys.stdin)
-    for case in request["cases"]:
-        row = measure_here(request["function"], case, request["repeats"], request["profile"], request["save"])
+    for index, case in enumerate(request["cases"]):
+        save = request["save"] and f"{request['save']}/{index}.npz"
+        row = measure_here(request["function"], case, request["repeats"], request["profile"], save)
         replies.write(json.dumps(row) + "\n")
         replies.flush()
 

@@ -1,10 +1,15 @@
 """The small language model of the labs: `jaxattn.nn`, every choice an argument.
 
 Design fact: linear attention is `nn.Attention` with another `attend`; all else, masks included, is its configuration.
+First parameters are drawn by NumPy from the layers' own distributions: compiling JAX's random numbers takes longer
+than some labs.
 """
 
 from __future__ import annotations
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxattn import Causal, Mask, nn
@@ -32,12 +37,12 @@ def small_model(
     linear: bool = False,
     implementation: str | None = None,
     remat=None,
-    seed: int = 0,
-) -> nn.Transformer:
-    """A decoder of `layers` blocks of width d, RoPE, gated MLP of width 2 d; parameters from the seed.
+) -> tuple[nnx.GraphDef, nnx.State]:
+    """A decoder of `layers` blocks of width d, RoPE, gated MLP of width 2 d: its graph, and its parameters' shapes.
 
-    >>> small_model(vocab=8, d=8, layers=1, heads=2).n_layers
-    1
+    >>> graph, shapes = small_model(vocab=8, d=8, layers=1, heads=2)
+    >>> nnx.merge(graph, first_parameters(shapes, seed=0))(jnp.array([[1, 2, 3]])).shape
+    (1, 3, 8)
     """
 
     def block(rngs: nnx.Rngs) -> nn.Block:
@@ -53,4 +58,22 @@ def small_model(
         norms = [nn.RMSNorm(d, rngs=rngs) for _ in range(2)]
         return nn.Block(attention, nn.GatedMLP(d, 2 * d, rngs=rngs), *norms)
 
-    return nn.Transformer(vocab, d, layers, block, remat=remat, rngs=nnx.Rngs(seed))
+    return nnx.split(nnx.eval_shape(lambda: nn.Transformer(vocab, d, layers, block, remat=remat, rngs=nnx.Rngs(0))))
+
+
+def first_parameters(shapes: nnx.State, seed: int) -> nnx.State:
+    """Parameters as the layers draw them: scales 1, embeddings normal(0.02), kernels normal with variance 1 / fan-in.
+
+    Layers are stacked along the first axis; the fan-in of `wo` is its next two axes, that of the others the next one.
+    """
+    random = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name = jax.tree_util.keystr(path)
+        if "scale" in name:
+            return jnp.ones(leaf.shape, leaf.dtype)
+        fan_in = 1 if "embedding" in name else np.prod(leaf.shape[1 : 3 if "wo" in name else 2])
+        deviation = 0.02 if "embedding" in name else fan_in**-0.5
+        return jnp.asarray(random.standard_normal(leaf.shape, np.float32) * deviation, leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
