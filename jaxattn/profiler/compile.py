@@ -19,6 +19,8 @@ from jaxattn.profiler import hlo, private_jax, wire
 from jaxattn.profiler.targets import Target
 
 _TIMEOUT_S = 600
+# Of LLVM's work on a CPU; XLA's passes, which decide kernels and buffers, are not touched.
+_UNOPTIMISED_CODE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +96,9 @@ def find_wheels(folder: Path | str | None = None) -> Path:
 
 
 def compile_here(lowered: jax.stages.Lowered) -> Compiled:
-    """Compiles for the device that the program was lowered for."""
-    compiled = lowered.compile()
+    """Compiles for the device that the program was lowered for; it is read, not run, so LLVM need not optimise it."""
+    on_cpu = jax.default_backend() == "cpu"
+    compiled = lowered.compile(compiler_options=_UNOPTIMISED_CODE if on_cpu else None)
     raw = compiled.runtime_executable().hlo_modules()
     if len(raw) != 1:
         raise NotImplementedError(f"the program compiled to {len(raw)} modules; one is supported")
