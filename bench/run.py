@@ -33,7 +33,7 @@ FIRST_CALL_S = 60.0  # limit of one call that nothing predicts
 COMPILE_S = 180.0  # limit of compiling
 JUDGE_S = 300.0  # limit of one float64 reference
 REPEATS = 10
-LENGTH_S = 20.0  # further repeats of one length stop here
+LENGTH_S = 20.0
 ROOT = Path(__file__).resolve().parent.parent
 DONE = ("ok", "wrong", "refused", "missing")  # what --resume does not try again
 
@@ -43,7 +43,8 @@ class Settings:
     """What the user chose.
 
     device: "auto", "cpu" or "cuda". total_s: time for measuring. threads 0: all cores. direction: "forward"
-    or "both" (forward and backward). Empty tuples: what the case says.
+    or "both" (forward and backward). Empty tuples: what the case says. length_s: further repeats of one length
+    stop after that.
     """
 
     device: str = "auto"
@@ -56,6 +57,7 @@ class Settings:
     cold: bool = False
     traffic: bool = False
     repeats: int = REPEATS
+    length_s: float = LENGTH_S
     threads: int = 0
     seed: int = 0
 
@@ -568,7 +570,7 @@ class Runner:
         A turn of a fast implementation takes several samples, so that rounds are not all waiting.
         """
         left_s = max(0.0, self.left_s() - reserved_s)
-        end = time.monotonic() + (min(LENGTH_S, left_s / 3) if more else left_s)
+        end = time.monotonic() + (min(self.settings.length_s, left_s / 3) if more else left_s)
         for turn in range(self.settings.repeats):
             for one in going:
                 row = one.row

@@ -1,0 +1,207 @@
+"""`python -m bench cpu`: blockwise against torch's flash attention on a CPU, in pairs.
+
+Design fact: a pair is one call of each, one right after the other, and what is reported is the median of the pairs'
+ratios: a machine that slows down for a while slows both halves of a pair. JAX's own large matrix product is timed
+beside them, for it bounds what an attention made of matrix products can reach.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shlex
+import statistics
+import time
+from pathlib import Path
+
+from bench import cases, gpu, measure, report, results, run
+
+OURS, TORCH = "jaxattn-blockwise", "torch-sdpa-flash"
+PAIRS = 5
+PRODUCT = 2048  # rows and columns of the matrix product
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """One question: its cases, dtype and direction. both: torch runs beside; its flash takes causal and full only."""
+
+    text: str
+    cases: tuple[cases.Case, ...]
+    dtype: str = "float32"
+    direction: str = "forward"
+
+
+def _case(name: str, heads: int, kv_heads: int, head_dim: int, lengths, masks, **others) -> cases.Case:
+    implementations = (OURS, TORCH) if set(masks) <= {"causal", "full"} else (OURS,)
+    return cases.Case(
+        name=name,
+        title=f"N={heads} K={kv_heads} H={head_dim}",
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        lengths=lengths,
+        quick_lengths=lengths[:1],
+        implementations=implementations,
+        masks=masks,
+        **others,
+    )
+
+
+LONG = (4096, 8192, 16384)
+BOTH = ("causal", "full")
+PARTS = {
+    "forward": Part(
+        "float32, forward",
+        (
+            _case("mha", 8, 8, 64, LONG, BOTH),
+            _case("llama", 32, 8, 64, LONG, BOTH),
+            _case("wide", 16, 4, 128, LONG, BOTH),
+        ),
+    ),
+    "bfloat16": Part("bfloat16, forward", (_case("llama", 32, 8, 64, (2048, 4096), BOTH),), dtype="bfloat16"),
+    "training": Part(
+        "float32, forward and backward",
+        (_case("mha", 8, 8, 64, (2048, 4096), BOTH), _case("llama", 32, 8, 64, (2048, 4096), BOTH)),
+        direction="both",
+    ),
+    "window": Part(
+        "float32, a window of 256 beside causal",
+        (
+            _case("window", 8, 8, 64, (16384, 32768, 65536), ("window(255, 0)",)),
+            _case("causal", 8, 8, 64, (16384,), ("causal",)),
+        ),
+    ),
+    "decode": Part(
+        "float32, decoding against a cache",
+        (
+            _case("decode-1", 32, 8, 64, (1024, 8192, 65536), ("full",), queries=1),
+            _case("decode-8", 32, 8, 64, (1024, 8192, 65536), ("full",), queries=8),
+        ),
+    ),
+}
+
+
+def product_flops_per_s() -> float:
+    """Operations a second of JAX's product of two float32 matrices of `PRODUCT` rows: the best of five."""
+    import jax
+    import jax.numpy as jnp
+
+    multiply = jax.jit(lambda a: jnp.matmul(a, a, precision=jax.lax.Precision.HIGHEST))
+    a = jnp.ones((PRODUCT, PRODUCT), jnp.float32)
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        multiply(a).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return 2 * PRODUCT**3 / min(seconds[1:])
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """One row of ours and its torch row. ratios: torch's time over ours, pair by pair; share: of the product's rate."""
+
+    row: dict
+    ratios: tuple[float, ...]
+    share: float
+
+    @property
+    def ratio(self) -> float | None:
+        return statistics.median(self.ratios) if self.ratios else None
+
+
+def pairs(data: dict) -> list[Pairs]:
+    """The rows of ours in a results file with their ratios to torch."""
+    torch = {results.key(row)[:-1]: row for row in data["rows"] if row["implementation"] == TORCH}
+    found = []
+    for row in data["rows"]:
+        if row["implementation"] == OURS and row["times_s"]:
+            other = torch.get(results.key(row)[:-1], {"times_s": []})["times_s"]
+            ratios = tuple(b / a for a, b in zip(row["times_s"], other, strict=False))
+            rate = row["flops"] / statistics.median(row["times_s"])
+            found.append(Pairs(row, ratios, rate / data["product_flops_per_s"]))
+    return found
+
+
+def table(data: dict) -> str:
+    """The ratios as Markdown."""
+    lines = [
+        ("N, K, H", "mask", "dtype, direction", "T x S", "ours ms", "torch time / ours", "pairs", "of the product"),
+        ("---", "---", "---", "---:", "---:", "---:", "---:", "---:"),
+    ]
+    for pair in pairs(data):
+        row = pair.row
+        low_high = f" ({min(pair.ratios):.2f} to {max(pair.ratios):.2f})" if pair.ratios else ""
+        lines.append(
+            (
+                f"{row['heads']}, {row['kv_heads']}, {row['head_dim']}",
+                row["mask"],
+                f"{row['dtype']}, {'forward' if row['direction'] == 'forward' else 'forward + backward'}",
+                f"{row['queries']} x {row['keys']}",
+                report.number(results.summary(row).time_ms),
+                f"{pair.ratio:.2f}{low_high}" if pair.ratios else "",
+                str(len(pair.ratios) or len(row["times_s"])),
+                f"{pair.share:.2f}" if row["dtype"] == "float32" else "",
+            )
+        )
+    found = data["environment"]
+    title = (
+        f"{found['device_name']}, {data['settings']['threads']} threads, {data['date'][:10]}; JAX's product of "
+        f"{PRODUCT} x {PRODUCT} float32 matrices: {report.number(data['product_flops_per_s'], 1e9)} GFLOP/s.\n\n"
+    )
+    return title + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def main(argv: list[str]) -> int:
+    """Time blockwise and torch's flash attention in pairs on this CPU, and print the ratios."""
+    parser = argparse.ArgumentParser(prog="python -m bench cpu", description=main.__doc__)
+    parser.add_argument("--part", action="append", default=[], choices=list(PARTS), help="may be repeated")
+    parser.add_argument("--seq", type=int, action="append", default=[], metavar="KEYS", help="only these lengths")
+    parser.add_argument("--pairs", type=int, default=PAIRS)
+    parser.add_argument("--threads", type=int, default=0, help="0: all cores")
+    parser.add_argument("--minutes", type=float, default=45.0, help="what does not fit is skipped and listed")
+    parser.add_argument("--out", type=Path, help="folder for the results")
+    parser.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with a run that was stopped")
+    parser.add_argument("--publish", action="store_true", help="copy the results to bench/results/cpu/pairs")
+    options = parser.parse_args(argv)
+    if options.pairs < 1:
+        parser.error(f"--pairs {options.pairs}: must be at least 1")
+    try:
+        data = results.load(options.resume) if options.resume else None
+    except ValueError as error:
+        parser.error(str(error))
+    folder, command = options.resume or options.out, shlex.join(["python", "-m", "bench", "cpu", *argv])
+    end = time.monotonic() + 60 * options.minutes
+    rates = []
+    for name in options.part or PARTS:
+        part = PARTS[name]
+        print(f"{name}: {part.text}", flush=True)
+        settings = run.Settings(
+            device="cpu",
+            total_s=end - time.monotonic(),
+            dtype=part.dtype,
+            direction=part.direction,
+            repeats=options.pairs,
+            threads=options.threads,
+            length_s=float("inf"),
+        )
+        chosen = []
+        for case in part.cases:
+            lengths = tuple(n for n in case.lengths if not options.seq or n in options.seq)
+            if lengths:
+                chosen.append(dataclasses.replace(case, lengths=lengths))
+        rates.append(product_flops_per_s())
+        try:
+            with run.Runner(settings, folder, command, data) as runner:
+                runner.results["product_flops_per_s"] = statistics.median(rates)
+                folder, data = runner.folder, runner.results
+                runner.run(chosen)
+        except RuntimeError as error:
+            parser.error(str(error))
+        except KeyboardInterrupt:
+            print(f"Stopped. To go on: {command} --resume {shlex.quote(str(folder))}")
+            return 130
+    print(table(data))
+    measure.finish(data, folder, traffic=False)
+    if options.publish:
+        print(f"Published: {gpu.publish_part(folder, run.ROOT / 'bench/results/cpu/pairs')}")
+    return int(any(row["status"] == "wrong" for row in data["rows"]))
