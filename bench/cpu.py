@@ -9,12 +9,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import shlex
 import statistics
 import time
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
 from bench import cases, gpu, measure, report, results, run
+from jaxattn import Blockwise, Causal, Full, Window, dot_product_attention
+from jaxattn.impl.blockwise import default_blocks
 
 OURS, TORCH = "jaxattn-blockwise", "torch-sdpa-flash"
 PAIRS = 5
@@ -83,9 +90,6 @@ PARTS = {
 
 def product_flops_per_s() -> float:
     """Operations a second of JAX's product of two float32 matrices of `PRODUCT` rows: the best of five."""
-    import jax
-    import jax.numpy as jnp
-
     multiply = jax.jit(lambda a: jnp.matmul(a, a, precision=jax.lax.Precision.HIGHEST))
     a = jnp.ones((PRODUCT, PRODUCT), jnp.float32)
     seconds = []
@@ -151,6 +155,43 @@ def table(data: dict) -> str:
     return title + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
+# Where the rule of block sizes is tried: (T, S, N, K, H, mask).
+SWEEP = (
+    (4096, 4096, 8, 8, 64, Causal()),
+    (4096, 4096, 32, 8, 64, Causal()),
+    (4096, 4096, 16, 4, 128, Causal()),
+    (16384, 16384, 8, 8, 64, Window(255, 0)),
+    (1, 16384, 32, 8, 64, Full()),
+)
+BLOCKS = tuple((rows, block_k) for rows in (128, 256, 512, 1024) for block_k in (128, 256, 512, 1024))
+
+
+def sweep(rounds: int) -> None:
+    """Prints the times of all `BLOCKS` (rows over the heads of a group, keys) and of the rule's choice, interleaved."""
+    for T, S, N, K, H, mask in SWEEP:
+        rng = np.random.default_rng(0)
+        q, k, v = (jnp.asarray(rng.standard_normal((1, *shape, H), np.float32)) for shape in ((T, N), (S, K), (S, K)))
+        rule = default_blocks(mask, T, S, N // K)
+        chosen = {rule} | {(min(T, max(rows * K // N, 1)), min(S, keys)) for rows, keys in BLOCKS}
+        calls = {}
+        for blocks in sorted(chosen):
+            call = jax.jit(functools.partial(dot_product_attention, mask=mask, implementation=Blockwise(*blocks)))
+            calls[blocks] = functools.partial(call.lower(q, k, v).compile(), q, k, v)
+            calls[blocks]().block_until_ready()
+        seconds: dict[tuple[int, int], list[float]] = {blocks: [] for blocks in calls}
+        for _ in range(rounds):
+            for blocks, call in calls.items():
+                start = time.perf_counter()
+                call().block_until_ready()
+                seconds[blocks].append(time.perf_counter() - start)
+        medians = {blocks: statistics.median(times) for blocks, times in seconds.items()}
+        best = min(medians, key=medians.get)
+        print(f"T={T} S={S} N={N} K={K} H={H} {mask}")
+        for blocks, median in sorted(medians.items(), key=lambda item: item[1]):
+            note = "  the rule's" if blocks == rule else ""
+            print(f"    {blocks[0]:>5} x {blocks[1]:<6}{median * 1e3:>10.1f} ms{median / medians[best]:>7.2f}x{note}")
+
+
 def main(argv: list[str]) -> int:
     """Time blockwise and torch's flash attention in pairs on this CPU, and print the ratios."""
     parser = argparse.ArgumentParser(prog="python -m bench cpu", description=main.__doc__)
@@ -162,9 +203,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--out", type=Path, help="folder for the results")
     parser.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with a run that was stopped")
     parser.add_argument("--publish", action="store_true", help="copy the results to bench/results/cpu/pairs")
+    parser.add_argument("--sweep", action="store_true", help="instead, time tile sizes beside the rule that picks them")
     options = parser.parse_args(argv)
     if options.pairs < 1:
         parser.error(f"--pairs {options.pairs}: must be at least 1")
+    if options.sweep:
+        sweep(options.pairs)
+        return 0
     try:
         data = results.load(options.resume) if options.resume else None
     except ValueError as error:

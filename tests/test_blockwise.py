@@ -1,5 +1,6 @@
 """Blockwise attention: what its compiled modules hold, what it visits, its gradients, and how it shards."""
 
+import functools
 import itertools
 import re
 
@@ -16,7 +17,7 @@ from jaxattn.impl import blockwise
 
 
 def random(shape, seed, dtype="float32"):
-    return jax.random.normal(jax.random.key(seed), shape, dtype)
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
 
 
 def operands(B=2, T=11, S=13, N=4, K=2, H=8, Hv=None, dtype="float32"):
@@ -87,13 +88,9 @@ def test_a_boolean_mask_is_read_but_not_copied(T):
 
 MASKS = {
     "full": Full(),
-    "causal": Causal(),
-    "causal with an offset": Causal(2),
-    "window": Window(3, 1),
     "nothing for some queries": Causal(-4),
     "segments": SegmentIds(np.arange(11) // 4, np.arange(13) // 5),
     "lengths": Lengths(np.array([11, 6]), np.array([0, 9])),
-    "offsets per batch element": Causal(np.array([-2, 5])),
     "dense per head": Dense(np.random.default_rng(0).random((2, 4, 11, 13)) < 0.3),
 }
 
@@ -106,16 +103,16 @@ def test_equals_naive_with_gradients_where_blocks_do_not_divide(mask):
     assert_close(tiled, dense, "gradient")
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 17), (17, 1), (16, 16), (5, 64)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 17), (17, 1), (5, 64)], ids=str)
 def test_any_block_size_fits_any_length(shape):
     T, S = shape
     arrays = operands(T=T, S=S, B=1)
+    expected = forward_and_gradients("naive", Causal(S - T), *arrays)
     for blocks in ((1, 1), (64, 64), (16, 4)):
-        tiled = forward_and_gradients(Blockwise(*blocks), Causal(S - T), *arrays)
-        assert_close(tiled, forward_and_gradients("naive", Causal(S - T), *arrays), "gradient")
+        assert_close(forward_and_gradients(Blockwise(*blocks), Causal(S - T), *arrays), expected, "gradient")
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 11, 13), (1, 1, 1, 13), (2, 1, 11, 1), (4, 1, 13), (11, 13)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 4, 11, 13), (1, 1, 1, 13), (2, 1, 11, 1), (11, 13)], ids=str)
 def test_bias_gradient_has_the_shape_of_the_bias(shape):
     arrays = (*operands(), random(shape, 9))
     tiled = forward_and_gradients(Blockwise(block_q=4, block_k=4), Causal(3), *arrays)
@@ -141,17 +138,15 @@ def test_visits_the_tiles_of_the_plan_and_no_others(mask, monkeypatch):
     jax.clear_caches()  # what was compiled holds the recording
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_same_inputs_give_the_same_bits_forward_and_backward(dtype):
-    arrays = (*operands(T=40, S=40, dtype=dtype), random((40, 40), 3, dtype))
+def test_two_compilations_give_the_same_bits_forward_and_backward():
+    arrays = (*operands(T=40, S=40, dtype="bfloat16"), random((40, 40), 3, "bfloat16"))
     first, second = (forward_and_gradients(Blockwise(16, 16), Causal(), *arrays) for _ in range(2))
     assert_close(first, second, "same")
 
 
-@pytest.mark.parametrize("splits", [(4,), (1, 6, 12)], ids=str)
-def test_merging_any_split_of_the_keys_is_the_whole_with_gradients(splits):
+def test_merging_a_split_of_the_keys_is_the_whole_with_gradients():
     q, k, v = operands()
-    edges = [0, *splits, 13]
+    edges = [0, 1, 9, 13]
     mask = Dense(np.random.default_rng(1).random((11, 13)) < 0.4)
 
     def whole(q, k, v):
@@ -176,16 +171,37 @@ def test_merging_any_split_of_the_keys_is_the_whole_with_gradients(splits):
     assert_close(jax.jit(lambda: run(parts))(), jax.jit(lambda: run(whole))(), "gradient")
 
 
+@pytest.mark.parametrize(
+    ("mask", "T", "S", "G"),
+    [(Full(), 4096, 4096, 1), (Causal(), 4096, 4096, 4), (Full(), 1, 65536, 4), (Window(255, 0), 65536, 65536, 4)],
+    ids=str,
+)
+def test_the_rule_keeps_tiles_within_the_lengths_and_in_cache(mask, T, S, G):
+    block_q, block_k = blockwise.default_blocks(mask, T, S, G)
+    assert block_q <= T
+    assert block_k <= S
+    assert G * block_q * block_k <= blockwise.SCORES
+
+
+def test_a_narrow_window_gets_small_tiles_and_a_mask_with_arrays_those_of_full_attention():
+    wide = blockwise.default_blocks(Full(), 16384, 16384, 1)
+    narrow = blockwise.default_blocks(Window(255, 0), 16384, 16384, 1)
+    assert max(narrow) < min(wide)
+    assert blockwise.default_blocks(Causal(jnp.zeros(1, "int32")), 16384, 16384, 1) == wide
+
+
 def test_tuning_must_be_positive():
     with pytest.raises(ValueError, match="Blockwise block_q=0 must be a positive int or None"):
         Blockwise(block_q=0)
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
-@pytest.mark.parametrize("mask", ["causal", "segments", "dense", "bias"])
+# Masks with arrays on explicit axes need shardings that the user spells.
+@pytest.mark.parametrize(
+    ("mask", "axis_type"),
+    [*((mask, AxisType.Auto) for mask in ("causal", "segments", "dense", "bias")), ("causal", AxisType.Explicit)],
+    ids=str,
+)
 def test_batch_and_heads_sharded_over_eight_devices_need_no_collective(mask, axis_type):
-    if axis_type is AxisType.Explicit and mask != "causal":
-        pytest.skip("masks with arrays on explicit axes need shardings that the user spells")
     B, T, N, K = 4, 20, 8, 4
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(axis_type,) * 2)
     q, k, v = operands(B=B, T=T, S=T, N=N, K=K)
@@ -197,7 +213,7 @@ def test_batch_and_heads_sharded_over_eight_devices_need_no_collective(mask, axi
         "bias": ((random((B, N, T, T), 5),), (P("data", "model"),)),
     }[mask]
 
-    def f(q, k, v, *extra):
+    def f(implementation, q, k, v, *extra):
         bias, what = None, Causal()
         if mask == "segments":
             what &= SegmentIds(*extra)
@@ -205,53 +221,62 @@ def test_batch_and_heads_sharded_over_eight_devices_need_no_collective(mask, axi
             what &= Dense(*extra)
         elif mask == "bias":
             (bias,) = extra
-        return dot_product_attention(q, k, v, bias, what, implementation=Blockwise(8, 8))
+        return dot_product_attention(q, k, v, bias, what, implementation=implementation)
 
-    def run(q, k, v, *extra):
-        out, pullback = jax.vjp(f, q, k, v, *extra)
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(implementation, *arrays):
+        out, pullback = jax.vjp(functools.partial(f, implementation), *arrays)
         return out, [x for x in pullback(out) if x.dtype == out.dtype]
 
-    expected = jax.jit(run)(q, k, v, *extra)
+    expected = run("naive", q, k, v, *extra)
     heads = P("data", None, "model")
     with jax.set_mesh(mesh):
         sharded = [
             jax.device_put(x, NamedSharding(mesh, spec))
             for x, spec in zip((q, k, v, *extra), (heads, heads, heads, *split), strict=True)
         ]
-        program = jax.jit(run).lower(*sharded).compile()
+        program = run.lower(Blockwise(8, 8), *sharded).compile()
         module = program.as_text()
         result = program(*sharded)
     names = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
     assert not [name for name in names if f"{name}(" in module or f"{name}-start(" in module]
     assert result[0].sharding.spec[0] == "data"
-    assert_close(jax.device_get(result), jax.device_get(expected))
+    assert_close(jax.device_get(result), jax.device_get(expected), "gradient")
 
 
-@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=str)
-@pytest.mark.parametrize("K", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("K", "axis_type"), [(1, AxisType.Auto), (2, AxisType.Auto), (4, AxisType.Auto), (2, AxisType.Explicit)], ids=str
+)
 def test_query_heads_may_be_split_where_key_value_heads_are_whole(K, axis_type):
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(axis_type,) * 2)
     arrays = operands(B=2, T=12, S=12, N=8, K=K)
-    expected = forward_and_gradients(Blockwise(8, 8), Causal(), *arrays)
+
+    def squares(attend, *arrays):
+        out = attend(*arrays)
+        return (out**2).sum(), out
+
+    def gradients_of(attend):
+        return jax.jit(jax.value_and_grad(functools.partial(squares, attend), (0, 1, 2), has_aux=True))
+
+    expected = gradients_of(functools.partial(dot_product_attention, is_causal=True, implementation="naive"))(*arrays)
     with jax.set_mesh(mesh):
         specs = P("data", None, "model"), P("data"), P("data")
         sharded = [jax.device_put(x, NamedSharding(mesh, spec)) for x, spec in zip(arrays, specs, strict=True)]
         forward = jax.jit(lambda *x: dot_product_attention(*x, is_causal=True, implementation=Blockwise(8, 8)))
         module = forward.lower(*sharded).compile().as_text()
-        result = forward(*sharded)
-        gradients = jax.jit(jax.grad(lambda *x: (forward(*x) ** 2).sum(), (0, 1, 2)))(*sharded)
+        result = gradients_of(forward)(*sharded)
     assert "all-gather(" not in module
     assert "all-reduce(" not in module
-    assert_close(jax.device_get(result), jax.device_get(expected[0][0]))
-    whole = jax.jit(jax.grad(lambda *x: (dot_product_attention(*x, is_causal=True) ** 2).sum(), (0, 1, 2)))(*arrays)
-    assert_close(jax.device_get(gradients), jax.device_get(whole), "gradient")
+    (_, out), gradients = jax.device_get(result)
+    (_, expected_out), expected_gradients = jax.device_get(expected)
+    assert_close((out, gradients), (expected_out, expected_gradients), "gradient")
 
 
 @pytest.mark.parametrize("batch", ["data", ("data", "fsdp")], ids=str)
 def test_one_bias_for_all_batch_elements_adds_its_gradient_up_over_devices(batch):
     mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "model"), axis_types=(AxisType.Auto,) * 3)
     arrays = (*operands(B=4, T=12, S=12, N=8, K=4), random((12, 12), 6))
-    expected = forward_and_gradients(Blockwise(8, 8), Causal(), *arrays)
+    expected = forward_and_gradients("naive", Causal(), *arrays)
     heads = NamedSharding(mesh, P(batch, None, "model"))
     sharded = [jax.device_put(x, heads) for x in arrays[:3]]
     bias = jax.device_put(arrays[3], NamedSharding(mesh, P()))

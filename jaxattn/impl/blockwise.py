@@ -10,15 +10,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+import math
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxattn import online_softmax, tiles
 from jaxattn.impl.base import Implementation, Problem, accumulator_dtype, dot_precision, soft_cap
 from jaxattn.impl.partition import independent
+from jaxattn.masks import FULL, PARTIAL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,15 +51,51 @@ class Blockwise(Implementation):
     @functools.partial(jax.jit, static_argnums=0)
     def attend(self, problem: Problem) -> tuple[jax.Array, jax.Array]:
         _, T, S, _, _, G = problem.sizes
-        block_q, block_k = default_blocks(T, S, G)
-        blocks = self.block_q or block_q, self.block_k or block_k
+        block_q, block_k = self.block_q, self.block_k
+        if block_q is None or block_k is None:
+            chosen_q, chosen_k = default_blocks(problem.mask, T, S, G)
+            block_q, block_k = block_q or chosen_q, block_k or chosen_k
+        blocks = block_q, block_k
         config = _Config(*blocks, problem.scale, problem.soft_cap, self.precision)
         return _attention(config, problem.query, problem.key, problem.value, problem.bias, problem.mask)
 
 
-def default_blocks(T: int, S: int, G: int) -> tuple[int, int]:
-    """Tiles of about 512 x 512 scores over the G heads of a group, so that one stays in cache."""
-    return min(T, max(512 // G, 64)), min(S, 512)
+ROWS = 512  # query rows of a tile, over the G heads of its group
+SCORES = 512 * 512  # of a tile: a megabyte in float32, which the caches of one or two cores hold
+MASKING = 0.5  # what masking a score costs beside computing it
+STARTING = 40_000  # what the operations of one tile cost to start, in scores
+
+
+def default_blocks(mask, T: int, S: int, G: int) -> tuple[int, int]:
+    """The tile sizes with the least work by a simple model, among few that fit in cache.
+
+    work = scores in visited tiles, half as many again in PARTIAL ones, + `STARTING` for each tile: full attention
+    takes large tiles, a narrow window small ones, and few queries (decoding) long ones. `python -m bench cpu --sweep`
+    measures what the model says.
+
+    Args:
+      mask: what may be attended; one that holds arrays gets the sizes for full attention.
+      T, S: numbers of queries and keys.
+      G: query heads of a group, which share a tile.
+
+    Returns:
+      (block_q, block_k), in tokens.
+    """
+    block_q = min(T, max(ROWS // G, 64))
+    largest = block_q, min(S, max(SCORES // (G * block_q), 512))
+    best, least = largest, math.inf
+    for shrink_q, shrink_k in itertools.product((1, 2, 4), (1, 2, 4)):
+        block_q, block_k = (
+            max(block // shrink, 1) for block, shrink in zip(largest, (shrink_q, shrink_k), strict=True)
+        )
+        codes = tiles.tile_codes(mask, T, S, block_q, block_k)
+        if not isinstance(codes, np.ndarray):
+            break
+        partial, full = (int((codes == kind).sum()) for kind in (PARTIAL, FULL))
+        work = G * block_q * block_k * ((1 + MASKING) * partial + full) + STARTING * (partial + full)
+        if work < least:
+            best, least = (block_q, block_k), work
+    return best
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,14 +132,21 @@ def _attention_bwd(config, residuals, cotangents):
 
 
 def _visits(config, query, key, mask):
-    """(counts, columns) of the PARTIAL and of the FULL key blocks of each query block: as operands, for sharding."""
+    """(counts, columns) of the PARTIAL and of the FULL key blocks of each query block: as operands, for sharding.
+
+    None for a kind that is known to have no tiles: its loop is not even compiled.
+    """
     plan = tiles.plan(mask, query.shape[1], key.shape[1], config.block_q, config.block_k, key.shape[2])
-    return tuple((jnp.asarray(x.count), jnp.asarray(x.index)) for x in (plan.partial, plan.full))
+    return tuple(
+        None if isinstance(x.count, np.ndarray) and not x.count.any() else (jnp.asarray(x.count), jnp.asarray(x.index))
+        for x in (plan.partial, plan.full)
+    )
 
 
 def _axes(query, key, value, bias, mask, visits):
     del query, key, value
-    return ("b.n.", "b.k.", "b.k.", None if bias is None else "bn..", mask.axes(), (("bk.", "bk.."),) * len(visits))
+    axes_of_visits = tuple(None if kind is None else ("bk.", "bk..") for kind in visits)
+    return ("b.n.", "b.k.", "b.k.", None if bias is None else "bn..", mask.axes(), axes_of_visits)
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
@@ -192,7 +239,10 @@ def _backward(config, query, key, value, bias, mask, visits, out, lse, d_out, d_
 
 def _visit(visits, b, k, i, visit, state):
     """Runs visit(masked)(j, state) over the key blocks j of query block i: PARTIAL ones first, as tiles says why."""
-    for (count, columns), masked in zip(visits, (True, False), strict=True):
+    for kind, masked in zip(visits, (True, False), strict=True):
+        if kind is None:
+            continue
+        count, columns = kind
         row = (jnp.minimum(b, count.shape[0] - 1), jnp.minimum(k, count.shape[1] - 1), i)
         state = _for_each(columns[row], count[row], visit(masked), state)
     return state
