@@ -29,7 +29,7 @@ ENOUGH_S = 1.0  # no further repeat after so much time
 
 
 def measure(
-    function: str, cases: list[dict], *, repeats: int = REPEATS, profile: bool = True, save: Path | None = None
+    function: str, cases: list[dict], *, repeats: int = REPEATS, profile: str = "all", save: Path | None = None
 ) -> Iterator[dict]:
     """Measures the cases one after the other in one fresh process; yields each row as it comes.
 
@@ -38,7 +38,7 @@ def measure(
         function and its NumPy arrays.
       cases: keyword arguments of the function, JSON-ready.
       repeats: at most so many timed calls after the first.
-      profile: also count the bytes that one call moves.
+      profile: of which cases to count the bytes that one call moves: "all" or "last".
       save: a folder for the leaves of each case's result, "0.npz" and so on.
 
     Raises: RuntimeError where the process fails, with its last line.
@@ -144,7 +144,8 @@ def main() -> None:
     request = json.load(sys.stdin)
     for index, case in enumerate(request["cases"]):
         save = request["save"] and f"{request['save']}/{index}.npz"
-        row = measure_here(request["function"], case, request["repeats"], request["profile"], save)
+        profile = request["profile"] == "all" or index == len(request["cases"]) - 1
+        row = measure_here(request["function"], case, request["repeats"], profile, save)
         replies.write(json.dumps(row) + "\n")
         replies.flush()
 
