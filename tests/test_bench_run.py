@@ -27,7 +27,7 @@ def runner(tmp_path, earlier=None, **settings):
 def mixed(tmp_path_factory):
     """One run of good and bad implementations side by side; its results."""
     tmp_path = tmp_path_factory.mktemp("mixed")
-    known = ("jaxattn-blockwise", "jaxattn-triton", "torch-sdpa-efficient")
+    known = ("jaxattn-triton", "torch-sdpa-efficient")
     brought = ("right", "wrong", "crashing", "too_large", "wasteful")
     names = (*known, *(FUNCTIONS + name for name in brought), f"torch:{FUNCTIONS}torch_right")
     with runner(tmp_path, implementations=names) as one:
@@ -40,7 +40,7 @@ def row_of(data, name):
     return row
 
 
-@pytest.mark.parametrize("name", ["jaxattn-blockwise", FUNCTIONS + "right", f"torch:{FUNCTIONS}torch_right"])
+@pytest.mark.parametrize("name", [FUNCTIONS + "right", f"torch:{FUNCTIONS}torch_right"])
 def test_a_right_implementation_is_judged_and_timed(mixed, name):
     row = row_of(mixed, name)
     assert row["status"] == "ok", row["reason"]
