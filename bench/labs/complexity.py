@@ -113,7 +113,7 @@ def draw(data: dict, path: Path) -> Path:
         lab.line(axes[0, 0], kind, xs, [row["time_s"] * 1e3 for row in rows], label=label)
         lab.line(axes[0, 1], kind, xs, [memory(row) / 2**20 for row in rows])
     lab.length_axes(axes[0, 0], every, "time of one call (ms, median)")
-    lab.length_axes(axes[0, 1], every, "temporaries + output (MiB, by the compiler)")
+    lab.length_axes(axes[0, 1], every, "temporaries + output (MiB)")
     for ax in axes[0]:
         ax.tick_params(axis="x", labelrotation=45)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
@@ -123,10 +123,12 @@ def draw(data: dict, path: Path) -> Path:
 
 
 def see(data: dict) -> tuple[str, str]:
-    found = data["exponents"]
+    time, memory_ = (
+        {kind: f"n^{fitted[what]:.1f}" for kind, fitted in data["exponents"].items()} for what in ("time", "memory")
+    )
     return (
-        f"naive's memory grows as n^{found['naive']['memory']:.1f}, blockwise's as n^{found['blockwise']['memory']:.1f}: "
-        "tiling changes memory, not the number of operations.",
-        f"window and linear attention do less: time n^{found['window']['time']:.1f} and n^{found['linear']['time']:.1f}, "
-        f"against n^{found['blockwise']['time']:.1f}.",
+        f"naive's memory grows as {memory_['naive']}, blockwise's as {memory_['blockwise']}: tiling changes memory, "
+        "not the number of operations.",
+        f"window and linear attention do less: time {time['window']} and {time['linear']}, against "
+        f"{time['blockwise']} of full attention.",
     )

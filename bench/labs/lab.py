@@ -35,10 +35,12 @@ STYLES = {
     "longformer": Style("#0072b2", "X", "-."),
     "linear": Style("#cc79a7", "v", "-."),
     "MHA": Style("#d55e00", "s"),
-    "GQA": Style("#56b4e9", "D", "--"),
+    "GQA": Style("#009e73", "p", "--"),
     "MQA": Style("#4b0082", "^", "-."),
     "1 head": Style("#404040", "o", ":"),
-    "8 heads": Style("#009e73", "P"),
+    "parallel": Style("#e69f00", "o", "--"),
+    "chunked": Style("#cc79a7", "v", "-."),
+    "recurrent": Style("#0072b2", "X", ":"),
 }
 
 

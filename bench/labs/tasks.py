@@ -20,10 +20,12 @@ from bench.labs.model import first_parameters, small_model
 from jaxattn import Causal, Mask, bigbird, sliding_window
 
 SYMBOLS = 16
-SEPARATOR, VOCAB = 2 * SYMBOLS, 2 * SYMBOLS + 1
+KEYS = SYMBOLS // 2  # recall: the first half of the symbols are keys, the second half values
+SEPARATOR = SYMBOLS
+VOCAB = SYMBOLS + 1 + KEYS * KEYS  # and a token for each pair of key and value
 TASKS = ("copy", "reverse", "recall", "sort")
 CHUNK = 50  # steps scanned in one call
-WINDOW = 12  # tokens that the window sees
+WINDOW = 8  # tokens that the window sees
 _CAUSAL = Causal()
 
 
@@ -59,7 +61,7 @@ class Examples:
     """Sequences of L tokens.
 
     Attributes: tokens: int32 [count, L]. asked: bool [count, L], whether the token is an answer. distance: int
-      [count, L], from the token before an answer back to the one that it repeats.
+      [count, L], from the token before an answer back to the one that decides it.
     """
 
     tokens: np.ndarray
@@ -70,8 +72,8 @@ class Examples:
 def examples(task: str, count: int, length: int, seed: int) -> Examples:
     """Sequences of a task.
 
-    copy, reverse, sort: `length` symbols, a separator, then the answer. recall: `length` pairs (key, value), a
-    separator, then twice as many of these pairs, drawn at random: each key asks for the value seen last with it.
+    copy, reverse, sort: `length` symbols, a separator, then the answer. recall: `length` facts, each a token that
+    stands for a key and a value, a separator, then every key in another order, each followed by its value.
 
     >>> examples("copy", 1, 3, seed=0).tokens.shape
     (1, 7)
@@ -80,16 +82,13 @@ def examples(task: str, count: int, length: int, seed: int) -> Examples:
     separator = np.full((count, 1), SEPARATOR)
     place = np.arange(length)
     if task == "recall":
-        keys = random.permuted(np.tile(np.arange(SYMBOLS), (count, 1)), axis=1)[:, :length]
-        values = SYMBOLS + random.integers(SYMBOLS, size=(count, length))
-        order = np.concatenate([np.tile(place, (count, 1)), random.integers(length, size=(count, 2 * length))], axis=1)
-        pairs = np.stack([np.take_along_axis(x, order, 1) for x in (keys, values)], axis=-1).reshape(count, -1)
-        tokens = np.concatenate([pairs[:, : 2 * length], separator, pairs[:, 2 * length :]], axis=1)
-        asking = length + np.arange(2 * length)  # numbers of the pairs that are asked for
-        answer_at = 2 * asking + 2
-        same = (order[:, asking, None] == order[:, None, :]) & (np.arange(3 * length) < asking[:, None])
-        latest = 3 * length - 1 - same[:, :, ::-1].argmax(-1)
-        distance = answer_at - 1 - (2 * latest + 1 + (latest >= length))
+        keys, order = (random.permuted(np.tile(np.arange(n), (count, 1)), axis=1)[:, :length] for n in (KEYS, length))
+        values = random.integers(KEYS, size=(count, length))
+        facts = SYMBOLS + 1 + KEYS * keys + values
+        asked_for = [np.take_along_axis(x, order, axis=1) for x in (keys, KEYS + values)]
+        tokens = np.concatenate([facts, separator, np.stack(asked_for, axis=-1).reshape(count, -1)], axis=1)
+        answer_at = length + 2 + 2 * place
+        distance = answer_at - 1 - order
     else:
         given = random.integers(SYMBOLS, size=(count, length))
         answer = {"copy": given, "reverse": given[:, ::-1], "sort": np.sort(given, axis=1)}[task]

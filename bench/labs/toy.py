@@ -1,0 +1,207 @@
+"""`lab toy`: tiny transformers learn copy, reverse, recall, sort; which attention can, and which cannot.
+
+Design fact: width, layers, data and optimiser are the same for all; a variant changes heads, mask or kind of attention.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+
+from bench.labs import lab, tasks
+from bench.labs.tasks import VARIANTS
+
+GOOD = 0.98  # accuracy of what has learnt a task
+EQUAL_AT, EQUAL = 50, 1e-3  # at this step losses are equal to this part
+DEFAULT = ("MHA", "MQA", "1 head", "window", "linear")
+SIZES = {"d": 64, "layers": 2, "batch": 32}
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--task", action="append", choices=tasks.TASKS, help="may be repeated (default recall)")
+    parser.add_argument(
+        "--variant", action="append", choices=list(VARIANTS), help=f"may be repeated (default {', '.join(DEFAULT)})"
+    )
+    parser.add_argument("--steps", type=lab.positive, default=150)
+    parser.add_argument("--length", type=lab.positive, default=6, help="symbols or facts in a sequence (default 6)")
+    parser.add_argument("--equal", action="store_true", help="also compare losses between implementations")
+    parser.add_argument("--all", action="store_true", help="every task and variant, 600 steps, --equal: minutes")
+
+
+def check(options: argparse.Namespace) -> None:
+    if options.length > tasks.KEYS:
+        raise ValueError(f"--length {options.length} must be at most {tasks.KEYS}: recall has {tasks.KEYS} keys")
+    if options.all:
+        options.task, options.variant, options.equal = list(tasks.TASKS), list(VARIANTS), True
+        options.steps = max(options.steps, 600)
+    options.task = options.task or ["recall"]
+    options.variant = options.variant or list(DEFAULT)
+
+
+def run(options: argparse.Namespace) -> dict:
+    rows, equal = [], []
+    total = len(options.task) * len(options.variant) + 3 * options.equal
+    with lab.Steps(total) as steps:
+        for task in options.task:
+            for name in options.variant:
+                steps.start(f"{task}: {name}")
+                sizes = SIZES | {"steps": options.steps, "length": options.length, "seed": options.seed}
+                trained = tasks.train(task, VARIANTS[name], **sizes, progress=steps.part)
+                rows.append(
+                    {
+                        "task": task,
+                        "variant": name,
+                        "accuracy": trained.accuracy,
+                        "by_distance": trained.by_distance,
+                        "losses": trained.losses.tolist(),
+                        "parameters": trained.size,
+                        "seconds": trained.seconds,
+                    }
+                )
+        if options.equal:
+            equal = losses_of_implementations(options, steps)
+    return {"rows": rows, "equal": equal, "claims": claims(rows, equal)}
+
+
+def losses_of_implementations(options: argparse.Namespace, steps: lab.Steps) -> list[dict]:
+    """The loss of step 50, same seed: naive, blockwise, and naive with every block recomputed."""
+    mha = VARIANTS["MHA"]
+    found = []
+    for name, variant in {
+        "naive": mha,
+        "blockwise": dataclasses.replace(mha, implementation="blockwise"),
+        "naive, checkpointed": dataclasses.replace(mha, remat=True),
+    }.items():
+        steps.start(f"the same training by {name}")
+        sizes = SIZES | {"steps": EQUAL_AT, "length": options.length, "seed": options.seed}
+        trained = tasks.train(options.task[0], variant, **sizes, progress=steps.part)
+        found.append({"name": name, "loss": float(trained.losses[-1])})
+    return [row | {"difference": abs(row["loss"] / found[0]["loss"] - 1)} for row in found]
+
+
+def beyond(row: dict) -> float | None:
+    """Accuracy of the answers that lie further back than the window sees."""
+    far = [accuracy for distance, accuracy in row["by_distance"].items() if int(distance) >= tasks.WINDOW]
+    return float(np.mean(far)) if far else None
+
+
+def claims(rows: list[dict], equal: list[dict]) -> list[dict]:
+    found = []
+    for task in ("copy", "recall"):
+        scores = {
+            r["variant"]: r["accuracy"] for r in rows if r["task"] == task and r["variant"] in ("MHA", "GQA", "MQA")
+        }
+        if scores:
+            found.append(
+                {
+                    "text": f"{', '.join(scores)} learn {task}: accuracy at least {GOOD}",
+                    "holds": min(scores.values()) >= GOOD,
+                    "found": ", ".join(f"{name} {score:.3f}" for name, score in scores.items()),
+                }
+            )
+    far = {r["variant"]: beyond(r) for r in rows if r["task"] == "recall" and r["variant"] in ("MHA", "window")}
+    if len(far) == 2 and None not in far.values():
+        found.append(
+            {
+                "text": f"recall from {tasks.WINDOW} tokens back and more: the window loses",
+                "holds": far["window"] < far["MHA"] - 0.1,
+                "found": f"window {far['window']:.2f}, MHA {far['MHA']:.2f}",
+            }
+        )
+    if equal:
+        worst = max(row["difference"] for row in equal)
+        found.append(
+            {
+                "text": f"at step {EQUAL_AT} the losses of all implementations are equal to {EQUAL:g}",
+                "holds": worst <= EQUAL,
+                "found": f"{worst:.1e}",
+            }
+        )
+    return found
+
+
+def reached(row: dict, loss: float = 0.1) -> int | None:
+    """The first step from which the mean loss of ten steps is below `loss`."""
+    means = np.convolve(row["losses"], np.full(10, 0.1), "valid")
+    below = np.flatnonzero(means < loss)
+    return int(below[0]) + 10 if below.size else None
+
+
+def tables(data: dict):
+    rows = []
+    for row in data["rows"]:
+        far = beyond(row)
+        rows.append(
+            [
+                f"{row['task']}: {row['variant']}",
+                f"{row['accuracy']:.3f}",
+                "" if far is None else f"{far:.3f}",
+                reached(row) or "never",
+                f"{row['losses'][-1]:.4f}",
+                f"{row['parameters']:,}",
+                f"{row['seconds']:.0f} s",
+            ]
+        )
+    columns = ["", "accuracy", f"from {tasks.WINDOW} back", "loss 0.1 at step", "last loss", "parameters", "training"]
+    chosen = data["settings"]
+    title = f"{chosen['steps']} steps, width {SIZES['d']}, {SIZES['layers']} layers, {chosen['length']} to remember"
+    yield lab.table(title, columns, rows)
+    if data["equal"]:
+        rows = [[row["name"], f"{row['loss']:.6f}", f"{row['difference']:.1e}"] for row in data["equal"]]
+        yield lab.table(f"loss of step {EQUAL_AT}, same seed", ["", "loss", "relative difference"], rows)
+
+
+def draw(data: dict, path: Path) -> Path:
+    shown = list(dict.fromkeys(row["task"] for row in data["rows"]))
+    figure, axes = lab.picture(len(shown), 2, 11, 1.2 + 3.3 * len(shown))
+    for (left, right), task in zip(axes, shown, strict=True):
+        for row in data["rows"]:
+            if row["task"] != task:
+                continue
+            look = lab.STYLES[row["variant"]]
+            smooth = np.convolve(row["losses"], np.full(5, 0.2), "valid")
+            every = max(1, len(smooth) // 8)
+            drawn = {"color": look.colour, "linestyle": look.line, "marker": look.marker, "markersize": 5}
+            left.plot(np.arange(len(smooth)) + 5, smooth, markevery=every, label=row["variant"], **drawn)
+            right.plot([int(n) for n in row["by_distance"]], list(row["by_distance"].values()), **drawn)
+        left.set_yscale("log")
+        left.set_xlabel("step")
+        left.set_ylabel(f"{task}: loss")
+        right.axvline(tasks.WINDOW - 0.5, color="#808080", linewidth=1, linestyle=(0, (6, 3)))
+        right.text(tasks.WINDOW - 0.4, 0.02, "beyond the window", fontsize=8)
+        right.set_ylim(0, 1.05)
+        right.set_xlabel("tokens between the question and what decides the answer")
+        right.set_ylabel("share of answers right")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=7, frameon=False)
+    chosen = data["settings"]
+    figure.suptitle(
+        f"Toy tasks: width {SIZES['d']}, {SIZES['layers']} layers, {chosen['steps']} steps, window {tasks.WINDOW}\n"
+        f"{lab.where(data)}",
+        fontsize=10,
+    )
+    return lab.save_picture(figure, path)
+
+
+def see(data: dict) -> tuple[str, str]:
+    by = {(row["task"], row["variant"]): row for row in data["rows"]}
+    task = data["rows"][0]["task"]
+    scores = ", ".join(f"{name} {row['accuracy']:.2f}" for (of, name), row in by.items() if of == task)
+    one, many = (by.get((task, name)) for name in ("1 head", "MHA"))
+    first = f"{task}: {scores}; a pattern loses where what decides the answer lies outside it."
+    if one is None or many is None:
+        return first, "add --variant MHA --variant '1 head' to see what several heads are for."
+    steps = [f"at step {reached(row)}" if reached(row) else "not yet" for row in (one, many)]
+    several_win = (reached(many) or np.inf) < (reached(one) or np.inf)
+    why = (
+        "one softmax averages one set of places; this task needs several at once."
+        if several_win
+        else "this task asks for one place at a time, which one wide head finds well; sorting needs several."
+    )
+    return first, (
+        f"at equal width and {'equal' if one['parameters'] == many['parameters'] else 'different'} parameters 1 head "
+        f"reaches loss 0.1 {steps[0]}, 8 heads {steps[1]}: {why}"
+    )
