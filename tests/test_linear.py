@@ -14,27 +14,29 @@ B, T, N, K, H, HV = 2, 13, 4, 2, 8, 5
 MAPS = {
     "elu": EluPlusOne(),
     "cosine": Cosine(max_length=64),
-    "random features": PositiveRandomFeatures.orthogonal(jax.random.key(5), 24, H),
+    "random features": PositiveRandomFeatures(np.random.default_rng(5).standard_normal((24, H), np.float32)),
 }
 
 
 def operands(T=T, S=None, seed=0):
-    keys = jax.random.split(jax.random.key(seed), 3)
+    rng = np.random.default_rng(seed)
     shapes = (B, T, N, H), (B, S or T, K, H), (B, S or T, K, HV)
-    return [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+    return [rng.standard_normal(shape, np.float32) for shape in shapes]
 
 
 def by_hand(q, k, v, feature_map, is_causal, scale):
     """The definition, one query at a time, in float64."""
-    features = [
-        np.asarray(feature_map(x.swapaxes(1, 2) * scale**0.5, jnp.arange(x.shape[1]), name == "q"), np.float64)
-        for name, x in (("q", q), ("k", k))
-    ]
+
+    def features(x, is_query):
+        run = jax.jit(lambda x, positions: feature_map(x, positions, is_query))
+        return np.asarray(run(x.swapaxes(1, 2) * scale**0.5, np.arange(x.shape[1])), np.float64)
+
+    query_features, key_features = features(q, True), features(k, False)
     v = np.asarray(v, np.float64)
     out = np.zeros((*q.shape[:3], v.shape[-1]))
     for b, t, n in np.ndindex(q.shape[:3]):
         last = t + 1 if is_causal else k.shape[1]
-        weights = features[1][b, n // (N // K), :last] @ features[0][b, n, t]
+        weights = key_features[b, n // (N // K), :last] @ query_features[b, n, t]
         out[b, t, n] = weights @ v[b, :last, n // (N // K)] / (weights.sum() or 1)
     return out
 
@@ -46,17 +48,24 @@ def test_equals_the_definition(name, is_causal):
     scale = H**-0.5 if name == "random features" else 1
     expected = by_hand(q, k, v, MAPS[name], is_causal, scale).astype("float32")
     forms = ("parallel", "chunked", "recurrent") if is_causal else ("parallel",)
-    for form in forms:
-        options = {"feature_map": MAPS[name], "is_causal": is_causal, "form": form, "chunk": 4}
-        assert_close(jax.jit(functools.partial(linear_attention, **options))(q, k, v), expected)
+
+    @jax.jit
+    def run(q, k, v):
+        options = {"feature_map": MAPS[name], "is_causal": is_causal, "chunk": 4}
+        return {form: linear_attention(q, k, v, form=form, **options) for form in forms}
+
+    assert_close(run(q, k, v), dict.fromkeys(forms, expected))
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 13, 100])
-def test_any_chunk_gives_the_same_output_state_and_gradients(chunk):
-    def run(form, chunk=chunk):
+@pytest.fixture(scope="module")
+def with_gradients():
+    """Output, state and gradients of a form, worked out once."""
+
+    @functools.cache
+    def run(form, chunk=None):
         def f(q, k, v):
             out, state = linear_attention(
-                q, k, v, feature_map=EluPlusOne(), is_causal=True, form=form, chunk=chunk, return_state=True
+                q, k, v, feature_map=EluPlusOne(), is_causal=True, form=form, chunk=chunk or 64, return_state=True
             )
             return (out**2).sum() + (state.values**2).sum(), (out, state)
 
@@ -64,7 +73,12 @@ def test_any_chunk_gives_the_same_output_state_and_gradients(chunk):
         out, state = results
         return out, state.values, state.normaliser, gradients
 
-    assert_close(run("chunked"), run("parallel"), "gradient")
+    return run
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 13, 100])
+def test_any_chunk_gives_the_same_output_state_and_gradients(with_gradients, chunk):
+    assert_close(with_gradients("chunked", chunk), with_gradients("parallel"), "gradient")
 
 
 def test_decoding_a_token_at_a_time_from_the_state_continues_the_prompt():
@@ -85,17 +99,19 @@ def test_decoding_a_token_at_a_time_from_the_state_continues_the_prompt():
 
 def test_random_features_estimate_softmax_attention_at_the_rate_of_one_over_the_root_of_their_number():
     # Lemma 2: the error of one weight is exp(|q + k|^2 / 2) / sqrt(F) times the weight: short vectors, to see the rate.
-    q, k, v = (jax.random.normal(jax.random.key(i), (1, 16, 2, 16)) * (1 if i == 2 else 0.5) for i in range(3))
-    exact = jax.nn.dot_product_attention(q, k, v)
-    squared = jax.jit(
-        lambda w: ((linear_attention(q, k, v, feature_map=PositiveRandomFeatures(w)) - exact) ** 2).mean()
-    )
+    q, k, v = np.random.default_rng(0).standard_normal((3, 1, 16, 2, 16), np.float32)
+    q, k = 0.5 * q, 0.5 * k
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def error(seeds, count):
+        def squared(seed):
+            features = PositiveRandomFeatures.orthogonal(jax.random.key(seed), count, 16)
+            return (linear_attention(q, k, v, feature_map=features) - jax.nn.dot_product_attention(q, k, v)) ** 2
+
+        return jnp.sqrt(jax.lax.map(squared, seeds).mean())
+
     counts = (32, 128, 512)
-    errors = [
-        np.mean([squared(PositiveRandomFeatures.orthogonal(jax.random.key(i), n, 16).projection) for i in range(10)])
-        ** 0.5
-        for n in counts
-    ]
+    errors = [float(error(np.arange(10), count)) for count in counts]
     slope = np.polyfit(np.log(counts), np.log(errors), 1)[0]
     assert -0.65 < slope < -0.4, (slope, errors)
 
@@ -109,9 +125,8 @@ def test_random_features_are_orthogonal_within_a_block_with_gaussian_norms():
 
 
 def test_cosine_weighs_near_tokens_more_and_never_negatively():
-    x = jnp.ones((1, 32, 4))
-    features = Cosine(max_length=32)(x, jnp.arange(32), True)[0]
-    weights = np.asarray(features @ features.T)
+    features = jax.jit(Cosine(max_length=32), static_argnums=2)(np.ones((1, 32, 4), np.float32), np.arange(32), True)[0]
+    weights = np.asarray(features) @ np.asarray(features).T
     assert weights.min() > 0
     assert np.all(np.diff(weights[0]) < 0)
 
@@ -130,7 +145,7 @@ def test_time_and_memory_are_linear_in_length():
 
 def test_a_query_whose_weights_are_all_zero_gives_zero():
     q, k, v = operands()
-    out = linear_attention(-jnp.abs(q), k, v, feature_map=Cosine(64), is_causal=True)
+    out = jax.jit(functools.partial(linear_attention, feature_map=Cosine(64), is_causal=True))(-np.abs(q), k, v)
     assert np.all(np.asarray(out) == 0)
 
 
@@ -139,8 +154,8 @@ def test_a_query_whose_weights_are_all_zero_gives_zero():
     [
         ({"form": "fast"}, "form='fast' must be one of parallel, chunked, recurrent"),
         ({"chunk": 0}, "chunk=0 must be at least 1"),
-        ({"key": jnp.ones((B, 9, K, H)), "is_causal": True}, "needs T = S, got T=13 and S=9"),
-        ({"key": jnp.ones((B, T, 3, H))}, "N=4 query heads must be a multiple of K=3"),
+        ({"key": np.ones((B, 9, K, H), np.float32), "is_causal": True}, "needs T = S, got T=13 and S=9"),
+        ({"key": np.ones((B, T, 3, H), np.float32)}, "N=4 query heads must be a multiple of K=3"),
         ({"state": initial_state(B, K, H, HV)}, "it needs is_causal=True"),
     ],
 )
