@@ -104,8 +104,11 @@ def tables(data: dict):
     columns = ["head 0", *(f"key {s}" for s in range(len(rows))), "row sum"]
     yield lab.table("causal weights", columns, rows)
     first = data["first_row"]
-    rows = [[text, *(f"{x:g}" if text != "weights, all keys" else f"{x:.3f}" for x in first[key])]
-            for text, key in (("logits", "logits"), ("weights, all keys", "unmasked"), ("weights, causal", "masked"))]  # fmt: skip
+    rows = [
+        ["logits", *(f"{x:g}" for x in first["logits"])],
+        ["weights, all keys", *(f"{x:.3f}" for x in first["unmasked"])],
+        ["weights, causal", *(f"{x:g}" for x in first["masked"])],
+    ]
     yield lab.table("the first token sees only itself", ["", *(f"key {s}" for s in range(4))], rows)
     rows = [[name, f"{s['density']:.1%}", f"{s['flops_saved']:.0%}"] for name, s in data["patterns"].items()]
     yield lab.table("patterns at 64 tokens, tiles of 8", ["", "pairs allowed", "tiles skipped"], rows)

@@ -1,0 +1,204 @@
+"""`lab heads`: what each head of a trained model looks at, in pictures and numbers.
+
+Design fact: weights come from the layers' own projections and rotation, through `attention_weights`, so what is drawn
+is what the model computes; a user's Llama-family checkpoint is looked at in the same way.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from bench.labs import lab, tasks
+from bench.labs.tasks import VARIANTS
+from jaxattn import attention_weights
+
+TEMPERATURES = (0.25, 0.5, 1.0, 2.0, 4.0)
+MOST_SHARES = (1, 2, 4, 8)
+MOST_TOKENS = 256
+MOST_LAYERS, MOST_HEADS = 4, 8  # drawn
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--task", choices=tasks.TASKS, default="copy", help="to train on (default copy)")
+    parser.add_argument("--steps", type=lab.positive, default=200)
+    parser.add_argument("--length", type=lab.positive, default=7, help="symbols or facts in a sequence (default 7)")
+    parser.add_argument("--checkpoint", type=Path, help="a Llama-family folder to look at instead")
+    parser.add_argument("--tokens", type=int, nargs="+", help="token ids for --checkpoint (default 0 to 31)")
+
+
+def check(options: argparse.Namespace) -> None:
+    if options.length > tasks.KEYS:
+        raise ValueError(f"--length {options.length} must be at most {tasks.KEYS}")
+    if options.tokens and not options.checkpoint:
+        raise ValueError("--tokens goes with --checkpoint: the toy task makes its own")
+    if options.checkpoint and not (options.checkpoint / "config.json").is_file():
+        raise ValueError(f"--checkpoint {options.checkpoint}: no config.json in it")
+    if options.tokens and len(options.tokens) > MOST_TOKENS:
+        raise ValueError(f"--tokens: {len(options.tokens)} of them; at most {MOST_TOKENS} can be drawn")
+
+
+def run(options: argparse.Namespace) -> dict:
+    with lab.Steps(2) as steps:
+        steps.start("loading the checkpoint" if options.checkpoint else f"learning to {options.task}")
+        if options.checkpoint:
+            from jaxattn import llama
+
+            config = llama.LlamaConfig.from_folder(options.checkpoint)
+            graph, parameters = nnx.split(llama.load(config, llama.Safetensors(options.checkpoint)))
+            tokens = np.array(options.tokens or range(32), np.int32)
+            accuracy = None
+        else:
+            sizes = {"d": 64, "layers": 2, "batch": 32, "steps": options.steps, "length": options.length}
+            trained = tasks.train(options.task, VARIANTS["MHA"], **sizes, seed=options.seed, progress=steps.part)
+            graph, parameters, accuracy = trained.graph, trained.parameters, trained.accuracy
+            tokens = tasks.examples(options.task, 1, options.length, options.seed + 1).tokens[0]
+        steps.start("looking at its heads")
+        weights, entropies = look(graph, parameters, tokens)
+    heads = [
+        {"layer": layer, "head": head, **measures(weights[layer, head])}
+        for layer, head in np.ndindex(weights.shape[:2])
+    ]
+    drawn = weights[:MOST_LAYERS, :MOST_HEADS]
+    return {
+        "tokens": tokens.tolist(),
+        "accuracy": accuracy,
+        "heads": heads,
+        "temperatures": dict(zip(map(str, TEMPERATURES), entropies, strict=True)),
+        "weights": np.round(drawn, 4).tolist(),
+        "claims": claims(weights, entropies),
+    }
+
+
+def look(graph, parameters, tokens: np.ndarray) -> tuple[np.ndarray, list[float]]:
+    """Weights [layers, N, T, T] of every head, and the mean entropy of all by softmax temperature."""
+    model = nnx.merge(graph, parameters)
+    block, stacked = nnx.split(model.blocks)
+    x = model.embedding[...][tokens][None]
+    x = x.astype(model.dtype or x.dtype)
+    found, entropies = [], np.zeros(len(TEMPERATURES))
+
+    @jax.jit
+    def one_layer(x, parameters):
+        layer = nnx.merge(block, parameters)
+        stages = layer.attention.stages(layer.attention_norm(x))
+        scale = layer.attention.scale or stages.query.shape[-1] ** -0.5
+        options = {"mask": layer.attention.mask, "logits_soft_cap": layer.attention.logits_soft_cap}
+        weights = [
+            attention_weights(stages.rotated_query, stages.rotated_key, scale=scale / temperature, **options)[0]
+            for temperature in TEMPERATURES
+        ]
+        return layer(x), jnp.stack(weights)
+
+    for index in range(model.n_layers):
+        x, weights = one_layer(x, jax.tree.map(lambda p, index=index: p[index], stacked))
+        weights = np.asarray(weights)
+        found.append(weights[TEMPERATURES.index(1.0)])
+        entropies += entropy(weights).mean((1, 2))
+    return np.stack(found), (entropies / model.n_layers).tolist()
+
+
+def entropy(weights: np.ndarray) -> np.ndarray:
+    """-sum w log2 w over the last axis, in bits; 0 for one key, log2 S for all alike."""
+    return -np.sum(weights * np.log2(np.where(weights > 0, weights, 1)), axis=-1)
+
+
+def measures(weights_TS: np.ndarray) -> dict:
+    """Of one head: mean distance and entropy over its queries, mass of the previous token and of the k largest keys.
+
+    kind: "previous token" where that has most of the mass; "local" where the mean distance is below half of that of a
+    uniform causal head; "global" where the entropy is above three quarters of a uniform one's; else "content".
+    """
+    T = len(weights_TS)
+    t, s = np.arange(T)[:, None], np.arange(T)[None, :]
+    uniform = np.tri(T) / np.arange(1, T + 1)[:, None]
+    distance = float((weights_TS * (t - s)).sum(-1).mean())
+    bits, most_bits = float(entropy(weights_TS).mean()), float(entropy(uniform).mean())
+    previous = float(np.diagonal(weights_TS, -1).mean()) if T > 1 else 0.0
+    ordered = -np.sort(-weights_TS, axis=-1)
+    kind = "content"
+    if previous > 0.5:
+        kind = "previous token"
+    elif distance < (uniform * (t - s)).sum(-1).mean() / 2:
+        kind = "local"
+    elif bits > 0.75 * most_bits:
+        kind = "global"
+    shares = {str(k): float(ordered[:, :k].sum(-1).mean()) for k in MOST_SHARES}
+    return {"distance": distance, "entropy_bits": bits, "previous": previous, "top": shares, "kind": kind}
+
+
+def claims(weights: np.ndarray, entropies: list[float]) -> list[dict]:
+    off = float(np.abs(weights.sum(-1) - 1).max())
+    return [
+        {"text": "every row of weights sums to 1", "holds": off < 1e-5, "found": f"{off:.1e} off"},
+        {
+            "text": "the hotter the softmax, the higher the entropy",
+            "holds": entropies == sorted(entropies),
+            "found": ", ".join(f"{bits:.2f}" for bits in entropies),
+        },
+    ]
+
+
+def tables(data: dict):
+    rows = [
+        [
+            f"layer {head['layer']} head {head['head']}",
+            head["kind"],
+            f"{head['distance']:.1f}",
+            f"{head['entropy_bits']:.2f}",
+            f"{head['previous']:.2f}",
+            *(f"{share:.2f}" for share in head["top"].values()),
+        ]
+        for head in data["heads"]
+    ]
+    columns = ["", "kind", "distance", "entropy (bits)", "previous", *(f"top {k}" for k in MOST_SHARES)]
+    learnt = "" if data["accuracy"] is None else f"; the model answers {data['accuracy']:.1%} right"
+    yield lab.table(f"what each head looks at, {len(data['tokens'])} tokens{learnt}", columns, rows)
+    rows = [[temperature, f"{bits:.2f}"] for temperature, bits in data["temperatures"].items()]
+    yield lab.table("mean entropy of all heads by softmax temperature", ["temperature", "bits"], rows)
+
+
+def draw(data: dict, path: Path) -> Path:
+    weights = np.array(data["weights"])
+    layers, heads = weights.shape[:2]
+    figure, axes = lab.picture(layers, heads + 2, 1.75 * (heads + 2), 1.3 + 2.0 * layers)
+    kinds = {(head["layer"], head["head"]): head["kind"] for head in data["heads"]}
+    for (layer, head), ax in np.ndenumerate(axes[:, :heads]):
+        image = ax.imshow(weights[layer, head], cmap="Greys", vmin=0, vmax=1, interpolation="nearest")
+        ax.set_title(f"{layer}.{head} {kinds[layer, head]}", fontsize=8)
+        ax.tick_params(labelbottom=False, labelleft=False, length=0)
+    figure.colorbar(image, ax=axes[:, :heads], location="left", shrink=0.7, label="weight; queries down, keys across")
+    for ax in axes[:, heads:].flat:
+        ax.remove()
+    grid = axes[0, 0].get_gridspec()
+    ax = figure.add_subplot(grid[:, heads:])
+    temperatures = [float(t) for t in data["temperatures"]]
+    ax.plot(temperatures, list(data["temperatures"].values()), color="#404040", marker="o")
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(temperatures, [f"{t:g}" for t in temperatures])
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel("softmax temperature")
+    ax.set_ylabel("mean entropy of all heads (bits)")
+    chosen = data["settings"]
+    what = chosen["checkpoint"] or f"a model of width 64 that learnt to {chosen['task']}"
+    figure.suptitle(f"Attention of each head (layer.head): {what}", fontsize=10)
+    return lab.save_picture(figure, path)
+
+
+def see(data: dict) -> tuple[str, str]:
+    kinds: dict[str, int] = {}
+    for head in data["heads"]:
+        kinds[head["kind"]] = kinds.get(head["kind"], 0) + 1
+    sharpest = min(data["heads"], key=lambda head: head["entropy_bits"])
+    return (
+        f"heads found: {', '.join(f'{count} {kind}' for kind, count in kinds.items())}; the sharpest is layer "
+        f"{sharpest['layer']} head {sharpest['head']}: {sharpest['top']['1']:.0%} of its mass lies on one key.",
+        f"from temperature {TEMPERATURES[0]:g} to {TEMPERATURES[-1]:g} the mean entropy goes from "
+        f"{data['temperatures'][str(TEMPERATURES[0])]:.2f} to {data['temperatures'][str(TEMPERATURES[-1])]:.2f} bits: "
+        "from picking keys to averaging them.",
+    )
