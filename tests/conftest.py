@@ -8,9 +8,10 @@ XLA_FLAGS goes before these.
 import os
 from importlib.metadata import version
 
+LEVEL = int(os.path.exists("/dev/nvidiactl"))  # where there is a GPU, its kernels are compiled by the same flags
 FLAGS = [
     "--xla_force_host_platform_device_count=8",
-    "--xla_backend_optimization_level=0",
+    f"--xla_backend_optimization_level={LEVEL}",
     "--xla_cpu_parallel_codegen_split_count=1",
 ]
 if version("jaxlib").startswith("0.10."):  # later ones end at a flag that is no more
