@@ -195,6 +195,12 @@ def run_parity(args) -> int:
             rows += _compare(subject, dtypes, names, cases[subject.name])
             main_subject = main_subject or subject
             partial_subject = subject
+        # Few tokens for the checkpoint that is made here: the tiny one below generates 64.
+        new_tokens = 64 if args.checkpoint else 8
+        whole = parity.implementation("blockwise")
+        found = parity.compare_model(folder, "llama, whole", "float32", whole, new_tokens=new_tokens)
+        print("\n".join(map(str, found)), flush=True)
+        rows += found
     with _tiny() as tiny:
         for name, dtype in (("naive", "float32"), ("blockwise", "float32"), ("naive", "bfloat16")):
             found = parity.compare_model(tiny, "tiny llama, whole", dtype, parity.implementation(name))
