@@ -74,7 +74,9 @@ class PositiveRandomFeatures:
         """Rows drawn in orthogonal blocks of head_dim, with the norms of Gaussian vectors (section 2.4)."""
         blocks = -(-num_features // head_dim)
         key_direction, key_norm = jax.random.split(key)
-        directions, _ = jnp.linalg.qr(jax.random.normal(key_direction, (blocks, head_dim, head_dim)))
+        directions, r = jnp.linalg.qr(jax.random.normal(key_direction, (blocks, head_dim, head_dim)))
+        # QR fixes a sign in each column; with R's diagonal made positive the directions are uniform (Mezzadri, 2007).
+        directions *= jnp.sign(jnp.diagonal(r, axis1=-2, axis2=-1))[..., None, :]
         rows = directions.swapaxes(-1, -2).reshape(-1, head_dim)[:num_features]
         norms = jnp.linalg.norm(jax.random.normal(key_norm, (num_features, head_dim)), axis=-1, keepdims=True)
         return cls(rows * norms)

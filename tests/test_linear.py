@@ -124,6 +124,12 @@ def test_random_features_are_orthogonal_within_a_block_with_gaussian_norms():
     assert abs((w**2).sum(-1).mean() - 16) < 1
 
 
+def test_random_features_have_no_preferred_direction():
+    w = np.asarray(PositiveRandomFeatures.orthogonal(jax.random.key(0), 4096, 8).projection)
+    mean_of_one = (w / np.linalg.norm(w, axis=1, keepdims=True)).mean(0)
+    assert np.abs(mean_of_one).max() < 5 * (8 * 4096) ** -0.5
+
+
 def test_cosine_weighs_near_tokens_more_and_never_negatively():
     features = jax.jit(Cosine(max_length=32), static_argnums=2)(np.ones((1, 32, 4), np.float32), np.arange(32), True)[0]
     weights = np.asarray(features) @ np.asarray(features).T

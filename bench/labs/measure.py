@@ -12,6 +12,7 @@ import gc
 import importlib
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -41,7 +42,7 @@ def measure(
       profile: of which cases to count the bytes that one call moves: "all" or "last".
       save: a folder for the leaves of each case's result, "0.npz" and so on.
 
-    Raises: RuntimeError where the process fails, with its last line.
+    Raises: RuntimeError where the process fails, with the error that ended it.
     """
     request = {"function": function, "cases": cases, "repeats": repeats, "profile": profile}
     request["save"] = str(save) if save else None
@@ -68,8 +69,10 @@ def measure(
             process.stdout.close()
         if code:
             errors.seek(0)
-            last = (errors.read().strip().splitlines() or [f"exit code {code}"])[-1]
-            raise RuntimeError(f"{function} with {cases}: {last}")
+            lines = [
+                line for line in errors.read().splitlines() if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)
+            ]
+            raise RuntimeError(f"{function} with {cases}: {(lines or [f'exit code {code}'])[-1]}")
 
 
 def measure_here(function: str, case: dict, repeats: int, profile: bool, save: str | None = None) -> dict:

@@ -1,0 +1,241 @@
+"""Each lab at its smallest size: its files, its claim, its errors. Claims of memory and time at full size are slow."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+
+from bench import labs
+from bench.labs import anatomy, checkpoint, complexity, flash, gqa, heads, lab, linear, sparse, tasks
+from bench.labs.measure import measure, measure_here
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Small sizes need no process each: what is asserted here is no memory of processes."""
+
+    def here(function, cases, *, repeats=1, profile="all", save=None):
+        for index, case in enumerate(cases):
+            counted = profile == "all" or index == len(cases) - 1
+            yield measure_here(function, case, 1, counted, save and f"{save}/{index}.npz")
+
+    for module in (checkpoint, complexity, flash, gqa, linear, sparse):
+        monkeypatch.setattr(module, "measure", here)
+
+
+def run(folder, name, *argv, code=0):
+    """The JSON of a lab that ran to the given exit code, after a look at its files."""
+    assert labs.main([name, *map(str, argv), "--out", str(folder)]) == code
+    assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    data = json.loads((folder / f"{name}.json").read_text())
+    assert data["lab"] == name
+    assert data["settings"]["seed"] == 0
+    return data
+
+
+def test_labs_are_listed_and_a_wrong_name_is_refused(capsys):
+    assert labs.main([]) == 0
+    listed = capsys.readouterr().out
+    assert all(name in listed for name in labs.LABS)
+    assert labs.main(["flesh"]) == 2
+    assert "no lab 'flesh'; labs: flash, gqa" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["flash", "--seq", "64", "--block", "128"], "--block 128 must be at most --seq 64"),
+        (["flash", "--heads", "0"], "0 must be at least 1"),
+        (["gqa", "--heads", "8", "--gqa-groups", "3"], "--heads 8 must be a multiple of --gqa-groups 3"),
+        (["checkpoint", "--d", "20"], "--d 20 must be a multiple of 8"),
+        (["toy", "--length", "9"], "--length 9 must be at most 8"),
+        (["toy", "--task", "add"], "invalid choice: 'add'"),
+        (["complexity", "--seq", "100"], "--seq 100 must be a multiple of 8 and at least 128"),
+        (["linear", "--seq", "10"], "--seq 10 must be a multiple of 4"),
+        (["sparse", "--seq", "64"], "--seq 64 must be at least 128"),
+        (["anatomy", "--seq", "x"], "'x' must be a whole number"),
+        (["heads", "--checkpoint", "nowhere"], "no config.json"),
+        (["heads", "--tokens", "1"], "--tokens goes with --checkpoint"),
+    ],
+)
+def test_wrong_arguments_are_named(argv, words, capsys):
+    with pytest.raises(SystemExit) as ended:
+        labs.main(argv)
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_process_of_its_own_measures_and_a_failing_one_says_why():
+    case = {"name": "naive", "seq": 512, "heads": 4, "d": 8, "causal": True, "block": 64, "seed": 0}
+    [row] = measure("bench.labs.flash:program", [case], repeats=1)
+    scores = 4 * 4 * 512**2
+    assert scores <= row["temporaries_bytes"] <= row["rss_bytes"] * 1.2
+    assert row["rss_bytes"] < 6 * scores
+    assert row["requested_bytes"] > row["compulsory_bytes"] == 4 * 4 * 512 * 4 * 8
+    assert row["time_s"] > 0
+    with pytest.raises(RuntimeError, match=r"ValueError: .*nothing"):
+        list(measure("bench.labs.flash:program", [case | {"name": "nothing"}]))
+
+
+def test_flash_equals_the_baseline_and_computes_only_the_tiles_it_visits(in_this_process, tmp_path):
+    data = run(tmp_path, "flash", "--seq", 64, "--block", 32, "--d", 16, "--heads", 2)
+    assert data["errors"][0]["difference"] <= 1e-5
+    float32, bfloat16, float16 = (row["blockwise"] for row in data["errors"])
+    assert float32 < float16 < bfloat16
+    for tiles, blocks in zip(data["tiles"], (2, 4, 8), strict=True):
+        assert (tiles["visited"], tiles["tiles"]) == (blocks * (blocks + 1) / 2, blocks**2)
+    ours = [row for row in data["rows"] if row["name"] == "blockwise"]
+    products = 4 * 32 * 32 * 16 * 2  # both products of a tile, two heads
+    for row, tiles in zip(ours, data["tiles"], strict=True):
+        assert tiles["visited"] * products <= row["flops"] < 1.5 * tiles["visited"] * products
+
+
+def test_checkpointing_changes_memory_and_work_and_no_gradient(in_this_process, tmp_path):
+    data = run(tmp_path, "checkpoint", "--layers", 3, "--seq", 64, "--d", 16, "--batch", 2)
+    everything, products, output, nothing = data["rows"]
+    assert max(row["gradient_difference"] for row in data["rows"]) <= 2e-6
+    assert nothing["temporaries_bytes"] < output["temporaries_bytes"] <= products["temporaries_bytes"]
+    assert products["temporaries_bytes"] < everything["temporaries_bytes"]
+    again = [row["recomputed"]["flops"] for row in data["rows"]]
+    assert again[0] == 0 < again[1] < again[3]
+    assert nothing["flops"] - everything["flops"] == pytest.approx(again[3], rel=0.3)
+
+
+def test_checkpoint_s_gradients_are_compared_each_by_its_largest_value():
+    small, large = np.array([1e-3, 2e-3]), np.array([5.0])
+    assert checkpoint.difference([small + 1e-5, large], [small, large]) == pytest.approx(5e-3)
+
+
+def test_fewer_key_value_heads_keep_and_read_less(in_this_process, tmp_path):
+    data = run(tmp_path, "gqa", "--seq", 64, "--d", 16, "--heads", 4, "--gqa-groups", 2, "--steps", 0)
+    assert [row["kv_heads"] for row in data["rows"]] == [4, 2, 1]
+    assert [row["cache_bytes"] for row in data["rows"]] == [2 * 64 * K * 16 * 4 for K in (4, 2, 1)]
+    read = [row["decode"]["compulsory_bytes"] for row in data["rows"]]
+    assert [a - b for a, b in itertools.pairwise(read)] == [2 * 64 * 2 * 16 * 4, 2 * 64 * 16 * 4]
+
+
+def test_exponents_are_those_of_the_definitions(in_this_process, tmp_path):
+    data = run(tmp_path, "complexity", "--seq", 512, "--d", 8)
+    memory = {kind: fitted["memory"] for kind, fitted in data["exponents"].items()}
+    assert memory["naive"] == pytest.approx(2, abs=0.15)
+    assert memory["linear"] == pytest.approx(1, abs=0.15)
+    assert memory["window"] < 1.2
+    assert [row["seq"] for row in data["rows"] if row["name"] == "loops"] == [32, 64, 128, 256]
+
+
+def test_sparse_patterns_are_counted_and_their_error_is_from_full_attention(in_this_process, tmp_path):
+    data = run(tmp_path, "sparse", "--seq", 128, "--heads", 2, "--d", 16)
+    rows = {row["name"]: row for row in data["rows"]}
+    assert rows["full"]["error"] == 0
+    window = sum(min(127, t + 32) - max(0, t - 32) + 1 for t in range(128)) / 128**2
+    assert rows["window"]["density"] == window
+    assert rows["window"]["theory_flops"] == pytest.approx(window * rows["full"]["theory_flops"])
+    assert all(0.01 < rows[name]["error"] < 2 for name in rows if name != "full")
+    assert not any(row["unknown"] for row in rows.values())
+
+
+def test_linear_forms_agree_and_random_features_converge(in_this_process, tmp_path):
+    data = run(tmp_path, "linear", "--seq", 1024, "--d", 8, "--heads", 1)
+    assert max(row["difference"] for row in data["rows"]) <= 1e-4
+    assert -0.65 < data["rate"] < -0.4
+    state, longer = data["cache"][0], data["cache"][-1]
+    assert state["state"] == longer["state"] == 4 * (8 * 8 + 8)
+    assert longer["kv"] == 4 * state["kv"]
+
+
+def test_anatomy_masks_the_first_token_s_logits_to_itself(tmp_path):
+    data = run(tmp_path, "anatomy")
+    assert data["first_row"]["logits"] == [2.1, 3.5, 1.8, 2.9]
+    assert data["first_row"]["masked"] == [1, 0, 0, 0]
+    assert sum(data["first_row"]["unmasked"]) == pytest.approx(1)
+    assert all(claim["holds"] for claim in data["claims"])
+    assert len(data["patterns"]) >= 12
+
+
+def test_a_false_claim_gives_exit_code_1(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(anatomy, "first_row", lambda: np.full(4, 0.25))
+    run(tmp_path, "anatomy", code=1)
+    assert "NOT SEEN HERE: the first of four tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_examples_are_answered_by_what_their_distance_points_at(task):
+    data = tasks.examples(task, 20, 6, seed=1)
+    assert data.asked.sum() == 20 * 6
+    for row, asked, distance in zip(data.tokens, data.asked, data.distance, strict=True):
+        for at in np.flatnonzero(asked):
+            source = row[at - 1 - distance[at]]
+            if task == "recall":
+                fact = source - tasks.SYMBOLS - 1
+                assert (fact // tasks.KEYS, tasks.KEYS + fact % tasks.KEYS) == (row[at - 1], row[at])
+            else:
+                assert source == row[at]
+    if task != "recall":
+        given, answer = data.tokens[0, :6].tolist(), data.tokens[0, 7:].tolist()
+        assert answer == {"copy": given, "reverse": given[::-1], "sort": sorted(given)}[task]
+
+
+def test_losses_are_equal_between_implementations_and_with_checkpointing():
+    sizes = {"steps": 50, "length": 3, "d": 16, "layers": 1, "batch": 8, "seed": 0}
+    variants = (
+        tasks.Variant("naive", heads=2, kv_heads=1),
+        tasks.Variant("blockwise", heads=2, kv_heads=1, implementation="blockwise", remat=True),
+    )
+    losses = [tasks.train("copy", variant, **sizes).losses for variant in variants]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
+    assert losses[0][-1] < 0.9 * losses[0][0]
+
+
+def test_heads_learns_its_task_and_hotter_softmax_has_more_entropy(tmp_path):
+    data = run(tmp_path, "heads", "--length", 4, "--steps", 120)
+    assert data["accuracy"] >= 0.98
+    assert len(data["heads"]) == 16
+    assert list(data["temperatures"].values()) == sorted(data["temperatures"].values())
+
+
+def test_heads_are_told_apart_by_distance_and_entropy():
+    T = 16
+    causal = np.tri(T) / np.arange(1, T + 1)[:, None]
+    previous = np.eye(T, k=-1)
+    previous[0, 0] = 1
+    first = np.zeros((T, T))
+    first[:, 0] = 1
+    kinds = [heads.measures(weights)["kind"] for weights in (causal, previous, np.eye(T), first)]
+    assert kinds == ["global", "previous token", "local", "content"]
+    uniform = heads.measures(causal)
+    assert uniform["entropy_bits"] == pytest.approx(np.log2(np.arange(1, T + 1)).mean())
+    assert uniform["distance"] == pytest.approx((T - 1) / 4)
+    assert heads.measures(first)["top"] == {"1": 1, "2": 1, "4": 1, "8": 1}
+
+
+def test_exponent_is_the_slope_of_a_power_law():
+    assert lab.exponent([128, 256, 1024], [3 * n**1.5 for n in (128, 256, 1024)]) == pytest.approx(1.5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["flash", "checkpoint"])
+def test_memory_and_time_at_the_default_size(name, tmp_path, monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)
+    data = run(tmp_path, name)
+    assert all(claim["holds"] for claim in data["claims"])
+    if name == "flash":
+        naive, ours = ([r for r in data["rows"] if r["name"] == n and r["seq"] >= 4096] for n in flash.TIMED)
+        for a, b in zip(naive, ours, strict=True):
+            assert b["rss_bytes"] < a["rss_bytes"]
+            assert b["time_s"] <= a["time_s"]
+    else:
+        everything, nothing = data["rows"][0], data["rows"][-1]
+        assert nothing["temporaries_bytes"] < everything["temporaries_bytes"] / 3
+        assert nothing["rss_bytes"] < everything["rss_bytes"] / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["copy", "recall"])
+def test_toy_tasks_are_learnt_with_fewer_key_value_heads_and_not_beyond_a_window(task, tmp_path):
+    variants = ["MHA", "GQA", "MQA", "window"]
+    argv = [word for name in variants for word in ("--variant", name)]
+    data = run(tmp_path, "toy", "--task", task, *argv)
+    rows = {row["variant"]: row for row in data["rows"]}
+    assert all(rows[name]["accuracy"] >= 0.98 for name in ("MHA", "GQA", "MQA"))
+    assert (rows["window"]["accuracy"] >= 0.98) == (task == "copy")
