@@ -20,7 +20,7 @@ from jaxattn import dot_product_attention
 from jaxattn.linear import FORMS, EluPlusOne, PositiveRandomFeatures, linear_attention
 
 DRAWS = 16  # of random features, for the mean error
-COUNTS = (32, 64, 128, 256, 512, 1024)
+COUNTS = (64, 128, 256, 512, 1024, 2048)
 AGREE = 1e-4  # of the largest output: the forms add up in another order
 
 
