@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxattn import online_softmax, tiles
 from jaxattn.impl.base import Implementation, Problem, accumulator_dtype, dot_precision, soft_cap
@@ -115,6 +116,8 @@ def _attention(config, query, key, value, bias, mask):
 def _attention_fwd(config, query, key, value, bias, mask):
     arrays = (query, key, value, bias, mask, _visits(config, query, key, mask))
     out, lse = independent(functools.partial(_forward, config), _axes(*arrays), ("b.n.", "b.n"))(*arrays)
+    # Named where they are residuals, so that a policy that saves them need not run the forward pass again.
+    out, lse = checkpoint_name((out, lse), "context")
     return (out, lse), (query, key, value, bias, mask, out, lse)
 
 
