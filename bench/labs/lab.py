@@ -120,7 +120,7 @@ def publish(paths: list[Path]) -> None:
 
 def save(data: dict, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    results.write_text(path, json.dumps(data, indent=1) + "\n")
+    results.write_text(path, json.dumps(data, indent=1, default=str) + "\n")
     return path
 
 
