@@ -5,9 +5,11 @@ little as it can. XLA's own optimisation, which decides buffers, fusions and col
 XLA_FLAGS goes before these.
 """
 
+import gc
 import os
 from importlib.metadata import version
 
+gc.set_threshold(100_000, 20, 20)  # tracing makes many objects that live on in caches: looking through them is waste
 LEVEL = int(os.path.exists("/dev/nvidiactl"))  # where there is a GPU, its kernels are compiled by the same flags
 FLAGS = [
     "--xla_force_host_platform_device_count=8",
