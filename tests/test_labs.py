@@ -53,7 +53,7 @@ def test_labs_are_listed_and_a_wrong_name_is_refused(capsys):
         (["toy", "--task", "add"], "invalid choice: 'add'"),
         (["complexity", "--seq", "100"], "--seq 100 must be a multiple of 8 and at least 128"),
         (["linear", "--seq", "10"], "--seq 10 must be a multiple of 4"),
-        (["sparse", "--seq", "64"], "--seq 64 must be at least 128"),
+        (["sparse", "--seq", "64"], "--seq 64 must be at least 256"),
         (["anatomy", "--seq", "x"], "'x' must be a whole number"),
         (["heads", "--checkpoint", "nowhere"], "no config.json"),
         (["heads", "--tokens", "1"], "--tokens goes with --checkpoint"),
@@ -126,10 +126,10 @@ def test_exponents_are_those_of_the_definitions(in_this_process, tmp_path):
 
 
 def test_sparse_patterns_are_counted_and_their_error_is_from_full_attention(in_this_process, tmp_path):
-    data = run(tmp_path, "sparse", "--seq", 128, "--heads", 2, "--d", 16)
-    rows = {row["name"]: row for row in data["rows"]}
+    data = run(tmp_path, "sparse", "--seq", 256, "--heads", 1, "--d", 16)
+    rows = {row["name"]: row for row in data["rows"] if row["seq"] == 256}
     assert rows["full"]["error"] == 0
-    window = sum(min(127, t + 32) - max(0, t - 32) + 1 for t in range(128)) / 128**2
+    window = sum(min(255, t + 32) - max(0, t - 32) + 1 for t in range(256)) / 256**2
     assert rows["window"]["density"] == window
     assert rows["window"]["theory_flops"] == pytest.approx(window * rows["full"]["theory_flops"])
     assert all(0.01 < rows[name]["error"] < 2 for name in rows if name != "full")

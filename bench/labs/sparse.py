@@ -25,8 +25,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    if options.seq < 128:
-        raise ValueError(f"--seq {options.seq} must be at least 128: shorter than two windows, nothing is sparse")
+    if options.seq < 4 * patterns.WINDOW:
+        raise ValueError(
+            f"--seq {options.seq} must be at least {4 * patterns.WINDOW}: shorter, BigBird sees everything"
+        )
 
 
 def run(options: argparse.Namespace) -> dict:
