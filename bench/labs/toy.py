@@ -25,7 +25,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--variant", action="append", choices=list(VARIANTS), help=f"may be repeated (default {', '.join(DEFAULT)})"
     )
-    parser.add_argument("--steps", type=lab.positive, default=150)
+    parser.add_argument("--steps", type=lab.positive, default=200)
     parser.add_argument("--length", type=lab.positive, default=6, help="symbols or facts in a sequence (default 6)")
     parser.add_argument("--equal", action="store_true", help="also compare losses between implementations")
     parser.add_argument("--all", action="store_true", help="every task and variant, 600 steps, --equal: minutes")
