@@ -194,14 +194,13 @@ def see(data: dict) -> tuple[str, str]:
     first = f"{task}: {scores}; a pattern loses where what decides the answer lies outside it."
     if one is None or many is None:
         return first, "add --variant MHA --variant '1 head' to see what several heads are for."
-    steps = [f"at step {reached(row)}" if reached(row) else "not yet" for row in (one, many)]
-    several_win = (reached(many) or np.inf) < (reached(one) or np.inf)
+    losses = [float(np.mean(row["losses"][-10:])) for row in (one, many)]
     why = (
-        "one softmax averages one set of places; this task needs several at once."
-        if several_win
-        else "this task asks for one place at a time, which one wide head finds well; sorting needs several."
+        "one softmax averages one set of places, eight average eight, and this task needs several at once."
+        if losses[1] < losses[0]
+        else "this task asks for one place at a time, which one wide head finds well; see --task sort."
     )
     return first, (
         f"at equal width and {'equal' if one['parameters'] == many['parameters'] else 'different'} parameters 1 head "
-        f"reaches loss 0.1 {steps[0]}, 8 heads {steps[1]}: {why}"
+        f"ends at loss {losses[0]:.3g}, 8 heads at {losses[1]:.3g}: {why}"
     )
