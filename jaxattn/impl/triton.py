@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 
 from jaxattn import online_softmax, tiles
@@ -233,6 +234,8 @@ def _attention(config: _Config, query, key, value, bias, mask):
 
 def _attention_fwd(config, *arrays):
     out, lse = _attention(dataclasses.replace(config, residual=True), *arrays)
+    # Named where they are residuals, so that a policy that saves them need not run the forward kernel again.
+    out, lse = checkpoint_name((out, lse), "context")
     return (out, lse) if config.residual else (out,), (*arrays, out, lse)
 
 
