@@ -99,7 +99,10 @@ def jaxattn(implementation) -> Callable[[Inputs], dict[str, Any]]:
 
 
 def jax_nn(x: Inputs) -> dict[str, Any]:
-    """`jax.nn.dot_product_attention`, its arguments as they are, a mask object as an array."""
+    """`jax.nn.dot_product_attention`, its arguments as they are, a mask object as an array.
+
+    Its log-sum-exp is not meant to be differentiated: judged, but without a cotangent of its own.
+    """
     import jax
 
     from jaxattn import Mask
@@ -120,7 +123,7 @@ def jax_nn(x: Inputs) -> dict[str, Any]:
             q, k, v, bias, scale=x.scale, return_residual=True, implementation="xla", **arguments
         )
 
-    return compute_jax(attend, dataclasses.replace(x, arguments=arguments))[0]
+    return compute_jax(attend, dataclasses.replace(x, arguments=arguments, d_lse=np.zeros_like(x.d_lse)))[0]
 
 
 def _torch(x: Inputs, attend: Callable, gradients: bool) -> dict[str, Any]:
@@ -314,8 +317,8 @@ def run_all(peers: dict[str, Peer], cases: list[Case]) -> tuple[dict[str, dict[C
             x = without_empty_rows(inputs(case))
             targets = {lse: targets_of(x, lse) for lse in (True, False)}
             for name, peer in peers.items():
-                with_lse = peer.needs == "jax"  # torch's return no log-sum-exp to differentiate
-                outcomes[name][case] = refusing[name] or attempt(peer, x, targets[with_lse])
+                # Only ours differentiate the log-sum-exp.
+                outcomes[name][case] = refusing[name] or attempt(peer, x, targets[peer.ours])
             done += 1
     return outcomes, done
 
@@ -323,7 +326,7 @@ def run_all(peers: dict[str, Peer], cases: list[Case]) -> tuple[dict[str, dict[C
 def _refuses_all(peer: Peer) -> Outcome | None:
     """The refusal of the plainest case, which says that this machine does not run the implementation at all."""
     x = inputs(Case("", "none", "float32", (16, 16), (2, 2), 64, None, "plain"))
-    outcome = attempt(peer, x, targets_of(x, True))
+    outcome = attempt(peer, x, targets_of(x, peer.ours))
     return outcome if outcome.verdict == "refused" else None
 
 
