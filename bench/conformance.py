@@ -234,7 +234,7 @@ def judge(results: dict[str, Any], x: Inputs, targets: dict[str, Any]) -> Outcom
 
 
 def attempt(peer: Peer, x: Inputs, targets: dict[str, Any]) -> Outcome:
-    """Run one implementation on one case and judge it; an exception of its own is its refusal."""
+    """Run one implementation on one case and judge it; a peer's exception is its refusal, one of ours is wrong."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -242,7 +242,8 @@ def attempt(peer: Peer, x: Inputs, targets: dict[str, Any]) -> Outcome:
     except Refused as error:
         return Outcome("refused", str(error))
     except Exception as error:
-        return Outcome("refused", f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100]}")
+        text = (str(error).strip().splitlines() or [""])[0][:100]
+        return Outcome("wrong" if peer.ours else "refused", f"{type(error).__name__}: {text}")
     return judge(results, x, targets)
 
 
