@@ -61,7 +61,7 @@ CALLS = {
     },
     "window alone": {"local_window_size": (2, 3)},
     "window of one int": {"local_window_size": 1, "is_causal": True},
-    "window to the left only": {"local_window_size": (3, -1)},
+    "window of later keys": {"local_window_size": (-1, 3)},
     "1-D mask": {"mask": choice(S)},
     "1-D bias": {"bias": noise((S,))},
     "integer bias": {"bias": np.arange(T * S).reshape(T, S) % 3},
