@@ -26,19 +26,20 @@ class Refused(Exception):
     """A library's own word that it does not compute a case."""
 
 
-def quick_to_compile() -> dict[str, int | bool]:
+def quick_to_compile(dtype) -> dict[str, int | bool]:
     """Compiler options for hundreds of programs that run once or twice each: what counts is the time to compile them.
 
-    Level 1, not 0: without it sums are not split over vector lanes, and their rounding errors are larger.
+    Level 0 in 16 bits, else 1: at 0 sums are not split over vector lanes, and their float32 errors are larger.
 
-    >>> quick_to_compile()["xla_backend_optimization_level"]
+    >>> quick_to_compile("float32")["xla_backend_optimization_level"]
     1
     """
     import jax
 
     chosen = {}
     for option in (
-        {"xla_backend_optimization_level": 1},
+        {"xla_backend_optimization_level": int(np.dtype(dtype).itemsize > 2)},
+        {"xla_llvm_disable_expensive_passes": True},
         {"xla_cpu_parallel_codegen_split_count": 1},
         {"xla_cpu_use_fusion_emitters": False},
     ):
@@ -57,21 +58,20 @@ def compute_jax(attend: Callable, x: Inputs, runs: int = 1) -> list[dict[str, An
       runs: how often the compiled function runs.
     """
     import jax
-    import jax.numpy as jnp
 
     from jaxattn import Mask
 
     traced = {name: a for name, a in x.arguments.items() if isinstance(a, (np.ndarray, Mask))}
     static = {name: a for name, a in x.arguments.items() if name not in traced}
 
-    @functools.partial(jax.jit, compiler_options=_compiler_options())
+    @functools.partial(jax.jit, compiler_options=_compiler_options(x.q.dtype))
     def run(q, k, v, bias, traced, d_out, d_lse):
         (out, lse), pull = jax.vjp(lambda *operands: attend(*operands, **traced, **static), q, k, v, bias)
         gradients = pull((d_out.astype(out.dtype), d_lse.astype(lse.dtype)))
         return dict(zip(("out", "lse", "dq", "dk", "dv", "dbias"), (out, lse, *gradients), strict=True))
 
     with jax.enable_x64() if x.q.dtype == np.float64 else contextlib.nullcontext():
-        arrays = jax.tree.map(jnp.asarray, (x.q, x.k, x.v, x.bias, traced, x.d_out, x.d_lse))
+        arrays = (x.q, x.k, x.v, x.bias, traced, x.d_out, x.d_lse)  # NumPy's: jnp.asarray compiles for each shape
         return [jax.tree.map(np.asarray, run(*arrays)) for _ in range(runs)]
 
 
@@ -234,7 +234,7 @@ def judge(results: dict[str, Any], x: Inputs, targets: dict[str, Any]) -> Outcom
 
 
 def attempt(peer: Peer, x: Inputs, targets: dict[str, Any]) -> Outcome:
-    """Run one implementation on one case and judge it; an exception of its own is its refusal."""
+    """Run one implementation on one case and judge it; a peer's exception is its refusal, one of ours is wrong."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -242,7 +242,8 @@ def attempt(peer: Peer, x: Inputs, targets: dict[str, Any]) -> Outcome:
     except Refused as error:
         return Outcome("refused", str(error))
     except Exception as error:
-        return Outcome("refused", f"{type(error).__name__}: {str(error).strip().splitlines()[0][:100]}")
+        text = (str(error).strip().splitlines() or [""])[0][:100]
+        return Outcome("wrong" if peer.ours else "refused", f"{type(error).__name__}: {text}")
     return judge(results, x, targets)
 
 

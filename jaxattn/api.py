@@ -57,15 +57,15 @@ def dot_product_attention(
       query: [B, T, N, H]; the batch axis may be absent in query, key and value together.
       key: [B, S, K, H]. Query head n reads key head n // (N / K).
       value: [B, S, K, Hv]; Hv may differ from H.
-      bias: added to the logits; 2 to 4 dimensions that broadcast to [B, N, T, S]. -inf masks (but only a mask
+      bias: added to the logits; at most 4 dimensions, that broadcast to [B, N, T, S]. -inf masks (but only a mask
         keeps NaN in keys and values from spreading).
       mask: a mask object (`Causal`, `Window`, ..., see `jaxattn.masks`), or a boolean array, True where attention
-        is allowed, of 2 to 4 dimensions that broadcast to [B, N, T, S].
+        is allowed, of at most 4 dimensions, that broadcast to [B, N, T, S].
       scale: factor of q k^T; None is 1 / sqrt(H).
       is_causal: query t sees keys s <= t (top-left, also where T != S; `mask=Causal(S - T)` is bottom-right).
       query_seq_lengths: int array [B]; queries at or after it attend nothing.
       key_value_seq_lengths: int array [B]; keys at or after it are masked.
-      local_window_size: (left, right), both ends included, or one int for both sides.
+      local_window_size: (left, right), both ends included, or one int for both sides; negative ones count too.
       logits_soft_cap: cap, in units of the logits; None for none.
       implementation: None to choose, a name ("loops", "naive", "blockwise", "triton", "xla", "cudnn"), or an object
         that carries its tuning, such as `Blockwise(block_q=512, block_k=1024)`.
@@ -93,7 +93,8 @@ def dot_product_attention(
         local_window_size, logits_soft_cap,
     )  # fmt: skip
     problem = dataclasses.replace(problem, residual=return_residual)
-    out, lse = _choose(implementation, problem).attend(problem)
+    chosen = _choose(implementation, problem)
+    out, lse = _without_pairs(problem) if _has_no_pairs(problem) else chosen.attend(problem)
     out = out.astype(jnp.asarray(query).dtype)
     if not return_residual:
         return out if batched else out[0]
@@ -196,7 +197,10 @@ def attention_weights(
         local_window_size, logits_soft_cap,
     )  # fmt: skip
     B, T, S, N, _, _ = problem.sizes
-    weights = Naive().weights(problem)[0].reshape(B, N, T, S)
+    if _has_no_pairs(problem):
+        weights = jnp.zeros((B, N, T, S), accumulator_dtype(problem.query.dtype))
+    else:
+        weights = Naive().weights(problem)[0].reshape(B, N, T, S)
     return weights if batched else weights[0]
 
 
@@ -208,6 +212,17 @@ def _choose(implementation, problem: Problem) -> Implementation:
     if refusal is not None:
         raise NotImplementedError(f"implementation {chosen.name!r} cannot compute this: {refusal}")
     return chosen
+
+
+def _has_no_pairs(problem: Problem) -> bool:
+    return any(isinstance(n, int) and n == 0 for n in problem.sizes[:3])
+
+
+def _without_pairs(problem: Problem) -> tuple[jax.Array, jax.Array]:
+    """The output and the log-sum-exp where there is no (query, key) pair: no implementation need know empty axes."""
+    B, T, _, N, _, _ = problem.sizes
+    dtype = accumulator_dtype(problem.query.dtype)
+    return jnp.zeros((B, T, N, problem.value.shape[-1]), dtype), jnp.full((B, T, N), -jnp.inf, dtype)
 
 
 def _resolve(implementation: str | Implementation) -> Implementation:
@@ -238,13 +253,12 @@ def _check(
     """The arguments as a Problem, and whether they had a batch axis."""
     query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
     batched = query.ndim == 4
-    if query.ndim not in (3, 4) or {key.ndim, value.ndim} != {query.ndim}:
+    if not {query.ndim, key.ndim, value.ndim} <= {3, 4}:
         raise ValueError(
             f"query, key and value must be [B, T, N, H], [B, S, K, H] and [B, S, K, Hv], or all without B; "
             f"got {_shape(query)}, {_shape(key)} and {_shape(value)}"
         )
-    if not batched:
-        query, key, value = query[None], key[None], value[None]
+    query, key, value = (x if x.ndim == 4 else x[None] for x in (query, key, value))
     if not jnp.issubdtype(query.dtype, jnp.floating) or not query.dtype == key.dtype == value.dtype:
         raise ValueError(
             f"query, key and value must have one floating dtype, got {query.dtype}, {key.dtype} and {value.dtype}"
@@ -260,8 +274,8 @@ def _check(
     ):
         if array.shape[axis] != size:
             raise ValueError(f"{name} {_shape(array)} must have {letter}={size} on axis {axis}, as {of} has")
-    if any(isinstance(n, int) and n < 1 for n in (B, T, S, N, K, H)):
-        raise ValueError(f"every axis must have at least one entry, got B={B}, T={T}, S={S}, N={N}, K={K}, H={H}")
+    if any(isinstance(n, int) and n < 1 for n in (N, K, H)):
+        raise ValueError(f"there must be at least one head of at least one entry, got N={N}, K={K}, H={H}")
     if N % K:
         raise ValueError(f"N={N} query heads must be a multiple of K={K} key/value heads")
     if cap is not None and (isinstance(cap, jax.core.Tracer) or not cap > 0):
@@ -270,8 +284,10 @@ def _check(
     shape = (B, N, T, S)
     if bias is not None:
         bias = jnp.asarray(bias)
+        if bias.dtype == bool or jnp.issubdtype(bias.dtype, jnp.complexfloating):
+            raise ValueError(f"bias must be real numbers, got {bias.dtype}; a boolean array goes to mask")
         if not jnp.issubdtype(bias.dtype, jnp.floating):
-            raise ValueError(f"bias must be floating, got {bias.dtype}; a boolean array goes to mask")
+            bias = bias.astype(accumulator_dtype(query.dtype))
         bias = _four_dimensions("bias", bias, shape)
 
     parts = []
@@ -303,7 +319,9 @@ def _check(
 
     scale = 1 / math.sqrt(H) if scale is None else scale
     if np.ndim(scale):
-        raise ValueError(f"scale must be a number, got an array {_shape(scale)}")
+        if np.size(scale) != 1:
+            raise ValueError(f"scale must be a number, got an array {_shape(scale)}")
+        scale = scale.reshape(())
     if isinstance(scale, jax.core.Tracer):  # its gradient then flows through the query
         query, scale = query.astype(accumulator_dtype(query.dtype)) * scale, 1.0
     return Problem(query, key, value, bias, combined, float(scale), None if cap is None else float(cap)), batched
@@ -315,9 +333,9 @@ def _shape(array) -> str:
 
 def _four_dimensions(name: str, array, shape):
     four = (1,) * (4 - array.ndim) + array.shape
-    if not 2 <= array.ndim <= 4 or any(n not in (1, m) for n, m in zip(four, shape, strict=True)):
+    if array.ndim > 4 or any(n not in (1, m) for n, m in zip(four, shape, strict=True)):
         wanted = ", ".join(f"{letter}={n}" for letter, n in zip("BNTS", shape, strict=True))
-        raise ValueError(f"{name} {_shape(array)} must have 2 to 4 dimensions that broadcast to [{wanted}]")
+        raise ValueError(f"{name} {_shape(array)} must have at most 4 dimensions, that broadcast to [{wanted}]")
     return array.reshape(four)
 
 
@@ -332,6 +350,6 @@ def _lengths(name: str, lengths, B):
 
 def _window(size) -> tuple[int, int]:
     pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
-    if len(pair) != 2 or not all(isinstance(x, (int, np.integer)) and x >= 0 for x in pair):
-        raise ValueError(f"local_window_size={size!r} must be an int of at least 0, or a pair (left, right) of them")
+    if len(pair) != 2 or not all(isinstance(x, (int, np.integer)) for x in pair):
+        raise ValueError(f"local_window_size={size!r} must be an int, or a pair (left, right) of them")
     return pair

@@ -61,6 +61,11 @@ CALLS = {
     },
     "window alone": {"local_window_size": (2, 3)},
     "window of one int": {"local_window_size": 1, "is_causal": True},
+    "window of later keys": {"local_window_size": (-1, 3)},
+    "1-D mask": {"mask": choice(S)},
+    "1-D bias": {"bias": noise((S,))},
+    "integer bias": {"bias": np.arange(T * S).reshape(T, S) % 3},
+    "scale of one entry": {"scale": np.full(1, 0.3, np.float32)},
     "everything": {
         "bias": noise((N, T, S)),
         "mask": choice((B, 1, T, S)),
@@ -86,6 +91,37 @@ def test_agrees_with_jax_nn(call):
     for name, (_, lse) in ours.items():
         assert name == "xla" or np.all(np.asarray(lse)[absent] == -np.inf)
         assert_close({name: np.where(absent, 0, lse)}, {name: np.where(absent, 0, their_lse)})
+
+
+@pytest.mark.parametrize("shape", [(0, T, S), (B, 0, S), (B, T, 0)], ids=str)
+def test_axes_without_entries_give_what_jax_nn_gives(shape):
+    batch, queries, keys = shape
+    q, k = ones(batch, queries, N, H), ones(batch, keys, K, H)
+    expected = jax.nn.dot_product_attention(q, k, k)
+    out, lse = dot_product_attention(q, k, k, return_residual=True, implementation="blockwise")
+    assert_close(out, expected)
+    assert lse.shape == (batch, queries, N)
+    assert (np.asarray(lse) == -np.inf).all()
+    assert attention_weights(q, k).shape == (batch, N, queries, keys)
+    gradients = jax.grad(lambda *x: dot_product_attention(*x).sum(), (0, 1, 2))(q, k, k)
+    assert all((np.asarray(x) == 0).all() for x in gradients)
+
+
+def test_only_some_operands_may_lack_the_batch_axis():
+    q, k, v = operands(batched=False)
+    expected = jax.nn.dot_product_attention(q, k[None], v[None])
+    assert_close(dot_product_attention(q, k[None], v[None]), expected)
+
+
+@pytest.mark.parametrize("implementation", ["loops", *IMPLEMENTATIONS], ids=str)
+def test_float32_is_multiplied_in_full_forward_and_backward(implementation):
+    def loss(*operands):
+        return dot_product_attention(*operands, implementation=implementation).sum()
+
+    text = jax.jit(jax.value_and_grad(loss, (0, 1, 2))).lower(*operands()).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert len(products) >= 5 or implementation == "loops"
+    assert all("precision = [HIGHEST, HIGHEST]" in line for line in products), products
 
 
 def test_signature_is_a_superset_of_jax_nn():
@@ -201,19 +237,19 @@ BAD = {
     "key [2, 5, 4, 16] must have H=8": {"key": ones(2, 5, 4, 16)},
     "value [2, 6, 4, 8] must have S=5": {"value": ones(2, 6, 4, 8)},
     "value [2, 5, 2, 8] must have K=4": {"value": ones(2, 5, 2, 8)},
-    "query, key and value must be [B, T, N, H]": {"query": ones(3, 4, 8)},
+    "query, key and value must be [B, T, N, H]": {"query": ones(4, 8)},
     "one floating dtype, got float32, bfloat16": {"key": ones(2, 5, 4, 8, dtype="bfloat16")},
     "got int32": {name: ones(2, 5, 4, 8, dtype="int32") for name in ("query", "key", "value")},
-    "bias [3, 5, 3] must have 2 to 4 dimensions that broadcast to [B=2, N=4, T=3, S=5]": {"bias": ones(3, 5, 3)},
+    "bias [3, 5, 3] must have at most 4 dimensions, that broadcast to [B=2, N=4, T=3, S=5]": {"bias": ones(3, 5, 3)},
     "a boolean array goes to mask": {"bias": ones(3, 5, dtype=bool)},
     "an additive mask goes to bias": {"mask": ones(3, 5)},
-    "mask [5] must have 2 to 4 dimensions": {"mask": ones(5, dtype=bool)},
+    "mask [4] must have at most 4 dimensions": {"mask": ones(4, dtype=bool)},
     "query_seq_lengths must be an int array of shape [B=2], got int32[3]": {"query_seq_lengths": np.arange(3)},
     "key_value_seq_lengths must be an int array": {"key_value_seq_lengths": ones(2)},
     "local_window_size=(1, 2, 3) must be": {"local_window_size": (1, 2, 3)},
-    "local_window_size=-1 must be": {"local_window_size": -1},
     "local_window_size=1.5 must be": {"local_window_size": 1.5},
-    "every axis must have at least one entry, got B=2, T=0": {"query": ones(2, 0, 4, 8)},
+    "at least one head of at least one entry, got N=0": {"query": ones(2, 3, 0, 8)},
+    "scale must be a number, got an array [2]": {"scale": np.ones(2)},
     "logits_soft_cap=0.0 must be a positive number": {"logits_soft_cap": 0.0},
     "implementation='flash' must be None, one of": {"implementation": "flash"},
 }  # fmt: skip

@@ -14,6 +14,7 @@ from tolerance import assert_close
 
 from jaxattn import Blockwise, Causal, Dense, Full, Lengths, SegmentIds, Window, dot_product_attention, merge, tiles
 from jaxattn.impl import blockwise
+from jaxattn.masks import EMPTY, PARTIAL
 
 
 def random(shape, seed, dtype="float32"):
@@ -121,21 +122,45 @@ def test_bias_gradient_has_the_shape_of_the_bias(shape):
 
 
 @pytest.mark.parametrize("mask", [Full(), Causal(), Window(5, 0), SegmentIds(np.arange(32) // 9)], ids=str)
-def test_visits_the_tiles_of_the_plan_and_no_others(mask, monkeypatch):
-    visited = []
-    original = blockwise.online_softmax.update
+def test_visits_the_tiles_of_the_plan_masks_the_partial_ones_and_no_others(mask, monkeypatch):
+    found = {"logits": [], "cut": []}
 
-    def recording(state, logits, *rest):
-        jax.debug.callback(lambda: visited.append(1))
-        return original(state, logits, *rest)
+    def recording(name):
+        original = getattr(blockwise._Groups, name)
 
-    monkeypatch.setattr(blockwise.online_softmax, "update", recording)
-    dot_product_attention(*operands(B=1, T=32, S=32), mask=mask, implementation=Blockwise(8, 8))
+        def method(self, *args):
+            b, k, i, j = args[1:5] if name == "logits" else args[:4]
+            jax.debug.callback(lambda *tile: found[name].append(tuple(map(int, tile))), b, k, i, j)
+            return original(self, *args)
+
+        return method
+
+    for name in found:
+        monkeypatch.setattr(blockwise._Groups, name, recording(name))
+    jax.clear_caches()
+    q, k, v = operands(B=1, T=32, S=32)
+    jax.jit(jax.grad(lambda *x: dot_product_attention(*x, mask=mask, implementation=Blockwise(8, 8)).sum()))(q, k, v)
     jax.effects_barrier()
-    codes = np.asarray(tiles.tile_codes(mask, 32, 32, 8, 8))
-    assert len(visited) == 2 * int((codes != 0).sum())  # for each of K = 2 groups
-    assert len(visited) < 2 * 16 or mask == Full()
     jax.clear_caches()  # what was compiled holds the recording
+    codes = np.broadcast_to(tiles.tile_codes(mask, 32, 32, 8, 8), (1, 2, 4, 4))  # K = 2 groups
+    for name, tiles_of_plan in (("logits", codes != EMPTY), ("cut", codes == PARTIAL)):
+        expected = [tuple(map(int, tile)) for tile in np.argwhere(tiles_of_plan)]
+        assert sorted(found[name]) == sorted(2 * expected), name  # forward and backward
+
+
+def test_partial_tiles_are_visited_before_full_ones():
+    plan = tiles.plan(Causal() & ~Window(3, 0), 32, 32, 8, 8)
+    visits = tuple((jnp.asarray(x.count), jnp.asarray(x.index)) for x in (plan.partial, plan.full))
+
+    def visit(masked):
+        return lambda j, state: (state[0] + 1, state[1].at[state[0]].set(j + 100 * masked))
+
+    for i in range(4):
+        count, seen = blockwise._visit(visits, 0, 0, i, visit, (0, jnp.zeros(8, "int32")))
+        partial, full = (x.index[0, 0, i][: x.count[0, 0, i]] for x in (plan.partial, plan.full))
+        assert list(seen[:count]) == [*(partial + 100), *full]
+    assert len(partial) > 0
+    assert len(full) > 0
 
 
 def test_two_compilations_give_the_same_bits_forward_and_backward():

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerance import assert_accurate, assert_close
 
-from bench import conformance_cases
+from bench import conformance, conformance_cases
 from bench.conformance import compute_jax
 from bench.conformance_cases import Case, cover, grid, inputs
 from jaxattn import Blockwise, Triton, dot_product_attention, merge
@@ -85,6 +85,12 @@ def test_interpreted_kernels_pass_a_sample_of_the_same_cases(case):
     check(case, INTERPRETED)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [case for case in cover(("triton",)) if case.dtype != "float64"], ids=str)
+def test_kernels_pass_the_same_cases_natively(case):
+    check(case, Triton())
+
+
 @pytest.mark.grid
 @pytest.mark.parametrize("mask", conformance_cases.MASKS)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -92,6 +98,28 @@ def test_every_combination_of_the_axes(implementation, mask):
     for case in grid((implementation,)):
         if case.mask == mask:
             check(case)
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_the_command_fails_where_one_of_ours_is_wrong_or_crashes_and_only_there(ours, monkeypatch, capsys):
+    right = conformance.jaxattn("naive")
+    cases = [case for case in CASES if case.lengths == (17, 64) and case.dtype == "float32"][:2]
+    monkeypatch.setattr(conformance, "cover", lambda implementations: cases)
+
+    def doubled(x):
+        return right(x) | {"out": 2 * np.asarray(right(x)["out"])}
+
+    def crashing(x):
+        raise TypeError("a crash")
+
+    peers = {"right": right, "doubled": doubled, "crashing": crashing}
+    found = {}
+    for name, run in peers.items():
+        monkeypatch.setattr(conformance, "PEERS", {name: conformance.Peer(run, "jax", ours=ours)})
+        found[name] = conformance.main([])
+        printed = capsys.readouterr().out
+        assert ("wrong" in printed) == (name == "doubled" or (name == "crashing" and ours)), printed
+    assert found == {"right": 0, "doubled": int(ours), "crashing": int(ours)}
 
 
 # Properties: shapes from a small set, so that hypothesis' examples share a few compilations.

@@ -6,13 +6,14 @@ array, so that cuDNN keeps its fast paths.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
-from jaxattn.impl.base import Implementation, Problem, accumulator_dtype
+from jaxattn.impl.base import Implementation, Problem, accumulator_dtype, dot_precision
 from jaxattn.masks import And, Causal, Full, Lengths, Mask, Window
 
 
@@ -40,17 +41,19 @@ class JaxNN(Implementation):
             mask = rest.allows(jnp.arange(T)[:, None], jnp.arange(S)[None, :])
             mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
             mask = jnp.broadcast_to(mask, (*mask.shape[:2], T, S))
-        out, lse = jax.nn.dot_product_attention(
-            problem.query.astype(problem.key.dtype),  # wider where a traced scale was multiplied in
-            problem.key,
-            problem.value,
-            problem.bias,
-            mask,
-            scale=problem.scale,
-            implementation=self.name,
-            return_residual=True,
-            **options,
-        )
+        full = dot_precision(problem.key.dtype) is not None
+        with jax.default_matmul_precision("highest") if full else contextlib.nullcontext():
+            out, lse = jax.nn.dot_product_attention(
+                problem.query.astype(problem.key.dtype),  # wider where a traced scale was multiplied in
+                problem.key,
+                problem.value,
+                problem.bias,
+                mask,
+                scale=problem.scale,
+                implementation=self.name,
+                return_residual=True,
+                **options,
+            )
         return out, lse.astype(accumulator_dtype(out.dtype))
 
 
