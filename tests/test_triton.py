@@ -28,11 +28,12 @@ from jaxattn import (
     Window,
     dot_product_attention,
     explain,
+    tiles,
 )
 from jaxattn.impl import triton
 from jaxattn.impl.triton import Tiling
 from jaxattn.profiler import compile as compiling
-from jaxattn.profiler import program, targets
+from jaxattn.profiler import profile, program, targets
 
 _TILING = Tiling(16, 16, 4, 1)
 TINY = Triton(block_q=16, block_k=16, dq=_TILING, dkv=_TILING, interpret=True)
@@ -197,6 +198,29 @@ def test_vmap_maps_the_kernel():
     q, k, v = operands(2, 20, 20, 2, 2, 16)
     mapped = jax.jit(jax.vmap(functools.partial(dot_product_attention, is_causal=True, implementation=TINY)))
     assert_close(mapped(q, k, v), attention(TINY, q, k, v, is_causal=True)[0])
+
+
+@pytest.mark.parametrize("mask", [Full(), Causal(), Window(20, 0), Dilated(32)], ids=str)
+def test_keys_and_values_are_read_for_the_tiles_of_the_plan_and_no_others(mask):
+    T, H, block = 128, 16, 16
+    x = jax.ShapeDtypeStruct((1, T, 1, H), "float32")
+    report = profile(lambda q, k, v: dot_product_attention(q, k, v, mask=mask, implementation=TINY), x, x, x)
+    (row,) = [row for row in report.rows if "attention_forward" in row.name]
+    visited = tiles.plan(mask, T, T, block, block).visited
+    expected = 4 * H * (T + 2 * block * visited)  # queries once, a tile of keys and one of values for each visit
+    assert row.confidence == "exact"
+    assert 0 <= row.read - expected <= 4 * 64 * (T // block)  # and the plan: what each row of tiles visits
+
+
+def test_few_queries_on_many_keys_are_split_over_the_cores_and_many_are_not():
+    def outputs(T, S):
+        q, k = (jax.ShapeDtypeStruct((1, n, heads, 64), "bfloat16") for n, heads in ((T, 32), (S, 8)))
+        attend = functools.partial(dot_product_attention, implementation=Triton(platform="cuda"))
+        return str(jax.make_jaxpr(attend)(q, k, k))
+
+    assert "f32[32,1,1,32,64]" in outputs(1, 8192)  # 32 parts of 8 groups
+    assert "f32[2,1,1,32,64]" in outputs(1, 512)
+    assert "bf16[1,1,512,32,64]" in outputs(512, 8192)
 
 
 def test_lowers_for_cuda_without_a_gpu():
