@@ -77,10 +77,27 @@ def test_the_cases_cover_every_two_values_and_are_at_least_three_hundred():
             assert a == b or met == wanted, f"{a} and {b}: {wanted - met}"
 
 
+def sample(cases: list[Case], count: int) -> list[Case]:
+    """Cases that show, one after the other, the most values that none before them has shown."""
+    chosen, shown = [], set()
+    for _ in range(count):
+        best = max(cases, key=lambda case: len(set(dataclasses.astuple(case)) - shown))
+        chosen.append(best)
+        shown |= set(dataclasses.astuple(best))
+    return chosen
+
+
 SMALL = [case for case in cover(("triton",)) if max(case.lengths) <= 64 and case.dtype != "float64"]
+SAMPLE = sample(SMALL, 8)
 
 
-@pytest.mark.parametrize("case", SMALL[:: len(SMALL) // 8], ids=str)
+def test_the_sample_for_interpreted_kernels_has_every_head_dim_and_kind_of_logits():
+    for axis in ("head_dim", "value_dim", "logits", "heads"):
+        assert {getattr(case, axis) for case in SAMPLE} == set(conformance_cases.AXES[axis]), axis
+    assert len({case.mask for case in SAMPLE}) == len(SAMPLE)
+
+
+@pytest.mark.parametrize("case", SAMPLE, ids=str)
 def test_interpreted_kernels_pass_a_sample_of_the_same_cases(case):
     check(case, INTERPRETED)
 
