@@ -99,10 +99,7 @@ def jaxattn(implementation) -> Callable[[Inputs], dict[str, Any]]:
 
 
 def jax_nn(x: Inputs) -> dict[str, Any]:
-    """`jax.nn.dot_product_attention`, its arguments as they are, a mask object as an array.
-
-    Its log-sum-exp is not meant to be differentiated: judged, but without a cotangent of its own.
-    """
+    """`jax.nn.dot_product_attention`, its arguments as they are, a mask object as an array."""
     import jax
 
     from jaxattn import Mask
@@ -123,7 +120,7 @@ def jax_nn(x: Inputs) -> dict[str, Any]:
             q, k, v, bias, scale=x.scale, return_residual=True, implementation="xla", **arguments
         )
 
-    return compute_jax(attend, dataclasses.replace(x, arguments=arguments, d_lse=np.zeros_like(x.d_lse)))[0]
+    return compute_jax(attend, dataclasses.replace(x, arguments=arguments))[0]
 
 
 def _torch(x: Inputs, attend: Callable, gradients: bool) -> dict[str, Any]:
@@ -318,16 +315,20 @@ def run_all(peers: dict[str, Peer], cases: list[Case]) -> tuple[dict[str, dict[C
             x = without_empty_rows(inputs(case))
             targets = {lse: targets_of(x, lse) for lse in (True, False)}
             for name, peer in peers.items():
-                # Only ours differentiate the log-sum-exp.
-                outcomes[name][case] = refusing[name] or attempt(peer, x, targets[peer.ours])
+                outcomes[name][case] = refusing[name] or attempt(peer, asked(peer, x), targets[peer.ours])
             done += 1
     return outcomes, done
+
+
+def asked(peer: Peer, x: Inputs) -> Inputs:
+    """The case as it is put to an implementation: only ours are asked for gradients through the log-sum-exp."""
+    return x if peer.ours else dataclasses.replace(x, d_lse=np.zeros_like(x.d_lse))
 
 
 def _refuses_all(peer: Peer) -> Outcome | None:
     """The refusal of the plainest case, which says that this machine does not run the implementation at all."""
     x = inputs(Case("", "none", "float32", (16, 16), (2, 2), 64, None, "plain"))
-    outcome = attempt(peer, x, targets_of(x, peer.ours))
+    outcome = attempt(peer, asked(peer, x), targets_of(x, peer.ours))
     return outcome if outcome.verdict == "refused" else None
 
 
