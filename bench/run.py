@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import importlib.util
 import json
 import math
 import os
@@ -232,6 +233,7 @@ class Runner:
         self.started = 0
         self.under_way: list[Measurement] = []
         self.always: set[str] = set()
+        self.left_out: dict[tuple[str, str], str] = {}
         chosen = settings.device
         self.judge = self.new_child()
         try:
@@ -295,6 +297,8 @@ class Runner:
     def run(self, chosen: list[Case]) -> dict:
         """Measure the cases, saving after each row; returns what is in the results file."""
         self.always = {case.name for case in chosen if case.always}
+        if self.device == "cpu" and not self.settings.implementations:
+            self.left_out = {(case.name, name): reason for case in chosen for name, reason in case.not_on_cpu}
         plan = [(case, mask, length) for case in chosen for mask in case.masks for length in self.lengths(case)]
         total = sum(len(self.names(case)) for case, _, _ in plan)
         with Progress(total) as progress:
@@ -426,8 +430,13 @@ class Runner:
                 return "missing", torch_cuda
         if adapter.layer and self.settings.quick:
             return "skipped", "left out by --quick"
-        reason = adapter.refuses(problem)
-        return ("refused", reason) if reason else None
+        if reason := adapter.refuses(problem):
+            return "refused", reason
+        if adapter.needs and importlib.util.find_spec(adapter.needs) is None:
+            return "missing", f"{adapter.needs} is not installed"
+        if reason := self.left_out.get((problem.case, problem.implementation)):
+            return "skipped", f"{reason}; to have it: --impl {problem.implementation}"
+        return None
 
     def fits(self, one: Measurement) -> bool:
         """Whether the predicted bytes are there; where not, the row says so with both numbers."""

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
 
-from bench import adapters, cases, child, environment, measure, results, run
+from bench import adapters, cases, child, environment, measure, plot, results, run
 from bench.cases import Problem
 
 TINY = cases.custom("1,64,64,4,2,16", "causal")
@@ -112,6 +112,22 @@ def test_gradients_are_judged_and_timed(tmp_path):
     assert all(row["times_s"] for row in rows)
 
 
+def test_bytes_are_counted_beside_the_times_and_drawn(tmp_path):
+    with runner(tmp_path, traffic=True, implementations=("jaxattn-naive", "torch-eager")) as one:
+        one.run([TINY])
+        data = one.results
+    found = row_of(data, "jaxattn-naive")["traffic"]
+    assert found["unknown"] == []
+    assert found["requested_bytes"] >= found["compulsory_bytes"] == (2 * 64 * 4 + 2 * 64 * 2) * 16 * 4
+    assert found["compulsory_bytes"] <= found["dram_low_bytes"] <= found["dram_high_bytes"]
+    assert row_of(data, "torch-eager")["traffic"] is None
+    assert all(row["status"] == "ok" and row["times_s"] for row in data["rows"])
+    assert "custom-bytes.png" in [path.name for path in plot.draw(data, tmp_path)]
+    known = found | {"peak_flops": 1e12, "bytes_per_s": 1e11}  # as of a GPU, whose rates are in the table of targets
+    row_of(data, "jaxattn-naive")["traffic"] = known
+    assert "custom-roofline.png" in [path.name for path in plot.draw(data, tmp_path)]
+
+
 def test_without_time_only_the_tiled_implementation_runs(tmp_path):
     with runner(tmp_path, total_s=0, implementations=("jaxattn-naive", "jaxattn-blockwise")) as one:
         one.run([TINY])
@@ -133,6 +149,34 @@ def test_what_cannot_fit_is_skipped_before_anything_is_started(tmp_path, monkeyp
     assert [row["status"] for row in rows] == ["skipped"] * 5
     assert rows[0]["reason"] == "memory: 69.1 GB predicted, 20.4 GB may be used"
     assert all(row["predicted_bytes"] > row["available_bytes"] for row in rows)
+
+
+def test_the_main_case_lists_every_peer_and_starts_none_that_is_missing_or_refuses(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokamax", None)  # as where it is not installed
+    started = (*cases.LAYERS, "jaxattn-naive", "jaxattn-blockwise", "jax-nn-xla")
+    started += ("torch-eager", "torch-sdpa-math", "torch-sdpa-flash")
+    opened = []
+    monkeypatch.setattr(run.Runner, "fits", lambda self, one: opened.append(one.problem.implementation))
+    with runner(tmp_path, lengths=(64,)) as one:
+        one.run([cases.CASES[measure.MAIN_CASE]])
+        data = one.results
+    assert sorted(opened) == sorted(started)
+    found = {row["implementation"]: (row["status"], row["reason"]) for row in data["rows"]}
+    assert found.keys() == {*cases.EVERY, *cases.LAYERS}
+    assert found["tokamax-xla"] == ("missing", "tokamax is not installed")
+    assert found["tokamax-mosaic"] == ("refused", "it runs on CUDA only; this run is on cpu")
+    status, reason = found["torch-flex"]
+    assert status == "skipped"
+    assert "compiling it on a CPU" in reason
+    assert "--impl torch-flex" in reason
+
+
+def test_what_a_case_leaves_out_on_a_cpu_is_measured_where_asked_for(tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(run.Runner, "fits", lambda self, one: opened.append(one.problem.implementation))
+    with runner(tmp_path, lengths=(64,), implementations=("torch-flex",)) as one:
+        one.run([cases.CASES[measure.MAIN_CASE]])
+    assert opened == ["torch-flex"]
 
 
 STANDARD = ("jaxattn-naive", "jax-nn-xla", "torch-eager", "torch-sdpa-math")
