@@ -37,6 +37,7 @@ REPEATS = 10
 LENGTH_S = 20.0
 ROOT = Path(__file__).resolve().parent.parent
 DONE = ("ok", "wrong", "refused", "missing")  # what --resume does not try again
+INTERRUPTED = {"status": results.STOPPED, "reason": "the run was stopped before its last repeat"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -289,7 +290,10 @@ class Runner:
         self.close()
 
     def save(self) -> None:
-        results.save(self.results, self.folder)
+        """Write the results file; rows that are being timed stand in it as those of a run that was stopped now."""
+        begun = [one.row for one in self.under_way if not one.saved and results.measured(one.row)]
+        rows = [*self.results["rows"], *(row | INTERRUPTED for row in begun)]
+        results.save(self.results | {"rows": rows}, self.folder)
 
     def left_s(self) -> float:
         return self.settings.total_s - (time.monotonic() - self.start)
@@ -382,7 +386,8 @@ class Runner:
                 beside = []
         finally:
             for one in waiting:
-                if one.row["times_s"]:
+                if one.row["times_s"] and not one.saved:
+                    one.row |= INTERRUPTED
                     self.finish(one, progress)
                 one.close()
             self.under_way = []
@@ -576,7 +581,8 @@ class Runner:
     def time_in_turns(self, going: list[Measurement], reserved_s: float, more: bool, progress: Progress) -> None:
         """Round after round, one turn each, until every row has its repeats or the length's time is spent.
 
-        A turn of a fast implementation takes several samples, so that rounds are not all waiting.
+        A turn of a fast implementation takes several samples, so that rounds are not all waiting. After each
+        round the repeats so far are on the disk, as those of a run that was stopped there.
         """
         left_s = max(0.0, self.left_s() - reserved_s)
         end = time.monotonic() + (min(self.settings.length_s, left_s / 3) if more else left_s)
@@ -593,6 +599,9 @@ class Runner:
                 if reply is not None:
                     row["times_s"] += reply["times_s"]
                     row["device_times_s"] += reply["device_times_s"]
+                elif row["times_s"]:
+                    row["reason"] = f"after {len(row['times_s'])} repeats: {row['reason']}"
+            self.save()
 
     def finish(self, one: Measurement, progress: Progress) -> None:
         """A row is final: its process ends, and it goes to the disk. Once: a second time does nothing."""

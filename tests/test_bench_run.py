@@ -12,11 +12,12 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
 
-from bench import adapters, cases, child, environment, measure, plot, results, run
+from bench import adapters, cases, child, environment, measure, plot, report, results, run
 from bench.cases import Problem
 
 TINY = cases.custom("1,64,64,4,2,16", "causal")
 FUNCTIONS = "tests.bench_functions:"
+CRASHING_LATER = f"torch:{FUNCTIONS}crashing_later"
 
 
 def runner(tmp_path, earlier=None, **settings):
@@ -30,7 +31,7 @@ def mixed(tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("mixed")
     known = ("jaxattn-triton", "torch-sdpa-efficient")
     brought = ("right", "wrong", "crashing", "too_large", "wasteful")
-    names = (*known, *(FUNCTIONS + name for name in brought), f"torch:{FUNCTIONS}torch_right")
+    names = (*known, *(FUNCTIONS + name for name in brought), f"torch:{FUNCTIONS}torch_right", CRASHING_LATER)
     with runner(tmp_path, implementations=names) as one:
         one.run([TINY])
     return results.load(tmp_path / "run")
@@ -62,6 +63,19 @@ def test_a_crash_costs_its_own_row_only(mixed):
     row = row_of(mixed, FUNCTIONS + "crashing")
     assert row["status"] == "crashed"
     assert "SIGABRT" in row["reason"]
+
+
+def test_a_crash_while_it_is_timed_is_shown_as_a_crash_and_not_as_measured(mixed):
+    row = row_of(mixed, CRASHING_LATER)
+    assert row["status"] == "crashed"
+    assert 1 <= len(row["times_s"]) < 5
+    assert f"after {len(row['times_s'])} repeats" in row["reason"]
+    assert "SIGABRT" in row["reason"]
+    assert results.summary(row).time_ms is None
+    lost = f"| {CRASHING_LATER} | 64 | crashed | {row['reason']} |"
+    assert [line for line in report.markdown(report.blocks(mixed, [])).splitlines() if "crashing_later" in line] == [
+        lost
+    ]
 
 
 def test_running_out_of_memory_costs_its_own_row_only(mixed):
@@ -102,6 +116,49 @@ def test_a_resumed_run_measures_only_what_is_not_done(mixed, tmp_path):
     assert row_of(data, FUNCTIONS + "right") == row_of(mixed, FUNCTIONS + "right")
     assert row_of(data, FUNCTIONS + "crashing")["status"] == "crashed"
     assert data["resumed"] == [mixed["date"]]
+
+
+def test_repeats_are_on_the_disk_after_each_round_and_are_no_finished_row(tmp_path, monkeypatch):
+    name, seen, ask = FUNCTIONS + "right", [], run.Child.ask
+
+    def look_first(self, do, *arguments, **request):
+        if do == "sample":
+            seen.append(results.load(tmp_path / "run"))
+        return ask(self, do, *arguments, **request)
+
+    monkeypatch.setattr(run.Child, "ask", look_first)
+    with runner(tmp_path, implementations=(name,)) as one:
+        one.run([TINY])
+    first, second, third = seen
+    final = row_of(results.load(tmp_path / "run"), name)
+    assert first["rows"] == []
+    for earlier in (second, third):
+        row = row_of(earlier, name)
+        assert row["status"] == "stopped"
+        assert row["times_s"] == final["times_s"][: len(row["times_s"])]
+        assert results.measured(row)
+    assert 0 < len(row_of(second, name)["times_s"]) < len(row_of(third, name)["times_s"]) < len(final["times_s"])
+    assert final["status"] == "ok"
+    with runner(tmp_path / "again", earlier=third) as one:
+        assert one.results["rows"] == []
+
+
+def test_a_row_that_was_being_timed_when_the_run_was_stopped_is_measured_again(tmp_path, monkeypatch):
+    name, asked, ask = FUNCTIONS + "right", [], run.Child.ask
+
+    def stop_at_the_third(self, do, *arguments, **request):
+        asked.append(do)
+        if asked.count("sample") == 3:
+            raise KeyboardInterrupt
+        return ask(self, do, *arguments, **request)
+
+    monkeypatch.setattr(run.Child, "ask", stop_at_the_third)
+    with runner(tmp_path, implementations=(name,)) as one, pytest.raises(KeyboardInterrupt):
+        one.run([TINY])
+    row = row_of(results.load(tmp_path / "run"), name)
+    assert (row["status"], row["reason"]) == ("stopped", "the run was stopped before its last repeat")
+    assert row["times_s"]
+    assert "stopped" not in run.DONE
 
 
 def test_gradients_are_judged_and_timed(tmp_path):
