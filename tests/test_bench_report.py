@@ -1,6 +1,7 @@
 """Figures and reports come from results files only; summaries and comparisons are what they say."""
 
 import copy
+import itertools
 import math
 import subprocess
 import sys
@@ -126,6 +127,59 @@ def test_figures_are_drawn_and_hold_what_was_not_measured_as_hollow_markers(exam
     assert solid["jaxattn blockwise"] == [100.0, 1000.0, 16000.0]
 
 
+@pytest.mark.parametrize(("status", "some"), [("skipped", True), ("skipped", False), ("out of memory", True)])
+def test_a_layer_that_does_not_fit_in_memory_is_in_both_figures(example, tmp_path, monkeypatch, status, some):
+    drawn = {}
+    monkeypatch.setattr(plot, "save", lambda figure, path: drawn.setdefault(path.name, figure) and path)
+    layer = {"implementation": "hf-eager-layer", "label": "HF eager layer", "layer": True}
+    reason = "memory: 72.8 GB predicted, 20.6 GB may be used" if status == "skipped" else "killed by the system"
+    rows = [row("jaxattn-naive", 1024, (0.2,), **layer)] if some else []
+    example["rows"] += [*rows, row("jaxattn-naive", 16384, **layer, status=status, reason=reason)]
+    plot.draw(example, tmp_path)
+    for kind in ("time", "memory"):
+        attention, layers = drawn[f"llama-3.2-1b-{kind}.png"].axes
+        hollow = [line for line in layers.get_lines() if line.get_markerfacecolor() == "none"]
+        assert [(line.get_marker(), list(line.get_xdata())) for line in hollow] == [("d", [16384])], kind
+        assert attention.get_ylim() == layers.get_ylim()
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(526, 6787), (2992, 29955), (4000, 7000), (3000, 4500), (61, 64), (0.5, 900), (2, 55)]
+)
+def test_labels_of_a_logarithmic_axis_stand_apart(low, high):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2, 4.2), layout="constrained")
+    ax = figure.add_subplot()
+    ax.plot([low, high], [1, 2])
+    plot.log_scale(ax.xaxis)
+    figure.canvas.draw()
+    left, right = ax.get_xlim()
+    labels = [
+        tick for tick in ax.get_xticklabels(which="both") if tick.get_text() and left <= tick.get_position()[0] <= right
+    ]
+    assert labels
+    places = sorted(tick.get_window_extent().extents[[0, 2]].tolist() for tick in labels)
+    assert all(after[0] - before[1] > 3 for before, after in itertools.pairwise(places)), [t.get_text() for t in labels]
+
+
+def test_two_functions_of_a_user_look_different_and_the_same_in_every_figure(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(plot, "save", lambda figure, path: drawn.setdefault(path.name, figure) and path)
+    mine = {name: {"implementation": f"mine:{name}", "label": name, "tiled": None} for name in "fg"}
+    rows = [row("jaxattn-naive", 64, (1.0,), **mine["f"]), row("jaxattn-naive", 64, (2.0,), **mine["g"])]
+    rows.append(row("jaxattn-naive", 64, (2.0,), **mine["g"], mask="full"))
+    plot.draw(data(rows), tmp_path)
+
+    def look(name, label):
+        (line,) = [line for line in drawn[name].axes[0].get_lines() if line.get_label() == label]
+        return line.get_marker(), line.get_linestyle()
+
+    f, g = (look("llama-3.2-1b-causal-time.png", label) for label in "fg")
+    assert f != g
+    assert look("llama-3.2-1b-full-time.png", "g") == g
+
+
 TRAFFIC = {
     "target": "NVIDIA H100",
     "requested_bytes": 4 * 10**9,
@@ -168,7 +222,7 @@ def test_figures_say_never_where_flash_is_never_twice_as_fast(tmp_path, monkeypa
 
 
 def test_no_two_implementations_look_alike_on_grey_paper():
-    looks = [(style.marker, style.line) for style in plot.STYLES.values()]
+    looks = [(style.marker, style.line) for style in (*plot.STYLES.values(), *plot.OTHERS)]
     assert len(set(looks)) == len(looks)
 
 
