@@ -310,6 +310,8 @@ def test_a_readme_block_is_made_from_its_results(example, tmp_path):
     assert new.startswith(f"before\n{begin}")
     assert new.endswith(f"{end}\nafter")
     assert "| jaxattn naive | 150 ms, 384 MiB | 4100 ms, 6144 MiB | (memory) |" in new
+    assert "| torch sdpa flash | 200 ms once, 384 MiB |" in new
+    assert 'the median of several; "once": a single one' in new
     assert "](bench/results/cpu/cases/llama-3.2-1b-time.png)" in new
     assert readme.updated(new, tmp_path) == (new, 1)
     example["environment"]["load_average"] = 9.4
