@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from bench import commands, compare, plot, readme, report, results, run
+from bench import commands, compare, measure, plot, readme, report, results, run
 
 LABELS = {"jaxattn-naive": False, "jaxattn-blockwise": True, "torch-sdpa-flash": True}
 
@@ -297,9 +297,34 @@ def test_an_unknown_command_is_answered_with_the_commands(capsys):
 def test_the_readme_and_the_published_results_agree():
     text = (run.ROOT / "README.md").read_text()
     new, count = readme.updated(text, run.ROOT)
-    if not count:
-        pytest.skip("the README holds no table of results")
+    assert count >= 1, "the README holds no table of results"
     assert new == text, "python -m bench readme makes the tables again"
+
+
+@pytest.mark.parametrize(
+    ("code", "drawn", "said"),
+    [(0, True, ""), (2, False, "ended with exit code 2"), (None, False, "took more than 60 s")],
+)
+def test_the_traffic_picture_is_drawn_by_its_command_or_its_absence_is_explained(
+    tmp_path, monkeypatch, capsys, code, drawn, said
+):
+    asked = []
+
+    def ran(command, cwd, timeout, check):
+        asked.append(command[1:])
+        if code is None:
+            raise subprocess.TimeoutExpired(command, timeout)
+        if drawn:
+            (tmp_path / "traffic.png").write_bytes(b"a picture")
+        return subprocess.CompletedProcess(command, code)
+
+    monkeypatch.setattr(measure.subprocess, "run", ran)
+    pictures = measure.traffic_picture(tmp_path)
+    assert asked == [["-m", "bench", "traffic", "--out", str(tmp_path)]]
+    assert pictures == [tmp_path / "traffic.png"] * drawn
+    printed = capsys.readouterr().out
+    assert said in printed
+    assert bool(printed) == bool(said)
 
 
 def test_a_readme_block_is_made_from_its_results(example, tmp_path):
