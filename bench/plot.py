@@ -256,6 +256,7 @@ def mark_missing(data: dict, parts: list[tuple]) -> None:
                 lost.setdefault((ax, row["keys"]), []).append(row)
     if not lost:
         return
+    labelled = {line.get_label() for ax, _ in parts for line in ax.get_lines()}
     looks, step = styles(data), 0.05
     strip = step * (max(map(len, lost.values())) + 0.5)
     first = parts[0][0]
@@ -276,7 +277,9 @@ def mark_missing(data: dict, parts: list[tuple]) -> None:
                 markerfacecolor="none",
                 markeredgecolor=look.colour,
                 linestyle="none",
+                label=None if row["label"] in labelled else row["label"],
             )
+            labelled.add(row["label"])
         ax.annotate(
             "does not fit in memory",
             (length, 1 - step * (len(rows) + 0.5) / 2),
@@ -332,6 +335,7 @@ def memory_figure(data: dict, key: tuple, rows: list[dict], path: Path) -> Path:
                     markerfacecolor="none",
                     markersize=7,
                     linestyle="none",
+                    label=None if measured else own[0]["label"],
                 )
     ax = parts[0][0]
     ax.set_ylabel("peak memory of one call (MiB)")

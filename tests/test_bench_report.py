@@ -68,6 +68,14 @@ def data(rows):
     }
 
 
+@pytest.fixture(autouse=True)
+def no_figure_stays_open():
+    yield
+    from matplotlib import pyplot
+
+    pyplot.close("all")
+
+
 @pytest.fixture
 def example():
     rows = [row("jaxattn-naive", 1024, (0.15, 0.15, 0.15)), row("jaxattn-naive", 4096, (4.0, 4.1, 4.2))]
@@ -141,6 +149,7 @@ def test_a_layer_that_does_not_fit_in_memory_is_in_both_figures(example, tmp_pat
         hollow = [line for line in layers.get_lines() if line.get_markerfacecolor() == "none"]
         assert [(line.get_marker(), list(line.get_xdata())) for line in hollow] == [("d", [16384])], kind
         assert attention.get_ylim() == layers.get_ylim()
+        assert [line.get_label() for line in layers.get_lines()].count("HF eager layer") == 1  # in the legend, once
 
 
 @pytest.mark.parametrize(
