@@ -258,13 +258,14 @@ def mark_missing(data: dict, parts: list[tuple]) -> None:
         return
     labelled = {line.get_label() for ax, _ in parts for line in ax.get_lines()}
     looks, step = styles(data), 0.05
-    strip = step * (max(map(len, lost.values())) + 0.5)
+    strip = step * (max(map(len, lost.values())) + 1)  # its name stands below the markers
     first = parts[0][0]
     low, high = first.get_ylim()
     first.set_ylim(low, high * (high / low) ** (strip / (1 - strip)))
     first.set_yticks([tick for tick in first.get_yticks() if low <= tick <= high])
     for ax in dict.fromkeys(ax for ax, _ in lost):
         ax.axhspan(high, ax.get_ylim()[1], color="#f0f0f0", zorder=1.5)
+        ax.text(0.02, 1 - strip, "does not fit in memory", transform=ax.transAxes, va="bottom", fontsize=8)
     for (ax, length), rows in lost.items():
         for index, row in enumerate(rows):
             look = looks[row["implementation"]]
@@ -280,16 +281,6 @@ def mark_missing(data: dict, parts: list[tuple]) -> None:
                 label=None if row["label"] in labelled else row["label"],
             )
             labelled.add(row["label"])
-        ax.annotate(
-            "does not fit in memory",
-            (length, 1 - step * (len(rows) + 0.5) / 2),
-            xycoords=ax.get_xaxis_transform(),
-            xytext=(-9, 0),
-            textcoords="offset points",
-            ha="right",
-            va="center",
-            fontsize=8,
-        )
 
 
 def rate_figure(data: dict, key: tuple, rows: list[dict], path: Path) -> Path:
