@@ -29,6 +29,7 @@ class Adapter:
     alive then.
     tiled: memory grows with T + S, so no length is too long; None where nobody knows. layer: takes hidden states
     and weights, and times projections, RoPE and attention. arrange: the inputs as the function takes them.
+    needs: the module that it imports, where a run may well be without it.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Adapter:
     tiled: bool | None = False
     layer: bool = False
     arrange: Callable[[Problem, dict[str, np.ndarray]], tuple] = lambda problem, arrays: tuple(arrays.values())
+    needs: str | None = None
 
     def predicted_bytes(self, problem: Problem) -> int | None:
         """Bytes of inputs, outputs and scores at the peak of a forward call; None where not known.
@@ -372,11 +374,19 @@ ADAPTERS = {
         Adapter("jax-nn-xla", "jax.nn xla", "jax", _jax_nn("xla"), score_bytes=_JAX_NN_SCORES),
         Adapter("jax-nn-cudnn", "jax.nn cudnn", "jax", _jax_nn("cudnn"), _cuda_only("cuDNN"), tiled=True),
         Adapter("pallas-ops", "jax pallas.ops.gpu", "jax", _pallas_ops, _pallas_ops_refuses, tiled=True),
-        Adapter("tokamax-triton", "tokamax triton", "jax", _tokamax("triton"), _cuda_only("it"), tiled=True),
-        Adapter("tokamax-mosaic", "tokamax mosaic", "jax", _tokamax("mosaic"), _cuda_only("it"), tiled=True),
-        Adapter("tokamax-cudnn", "tokamax cudnn", "jax", _tokamax("cudnn"), _cuda_only("cuDNN"), tiled=True),
-        Adapter("tokamax-xla", "tokamax xla", "jax", _tokamax("xla")),
-        Adapter("tokamax-xla-chunked", "tokamax xla chunked", "jax", _tokamax("xla_chunked"), tiled=True),
+        Adapter(
+            "tokamax-triton", "tokamax triton", "jax", _tokamax("triton"), _cuda_only("it"), tiled=True, needs="tokamax"
+        ),
+        Adapter(
+            "tokamax-mosaic", "tokamax mosaic", "jax", _tokamax("mosaic"), _cuda_only("it"), tiled=True, needs="tokamax"
+        ),
+        Adapter(
+            "tokamax-cudnn", "tokamax cudnn", "jax", _tokamax("cudnn"), _cuda_only("cuDNN"), tiled=True, needs="tokamax"
+        ),
+        Adapter("tokamax-xla", "tokamax xla", "jax", _tokamax("xla"), needs="tokamax"),
+        Adapter(
+            "tokamax-xla-chunked", "tokamax xla chunked", "jax", _tokamax("xla_chunked"), tiled=True, needs="tokamax"
+        ),
         Adapter("torch-eager", "torch eager", "torch", _torch_eager, score_bytes=_EAGER_SCORES, extra_queries=2),
         Adapter(
             "torch-sdpa-math",

@@ -116,8 +116,8 @@ class Server:
         """Seconds of `count` calls, each waited for; on a GPU also of queued calls, per call."""
         session = self.session
         samples, device_samples = [], []
-        for i in range(count):
-            inputs = session.rotated[i % len(session.rotated)]
+        for _ in range(count):
+            inputs = session.next_inputs()
             start = time.perf_counter()
             session.wait(session.call(inputs))
             samples.append(time.perf_counter() - start)
@@ -125,7 +125,7 @@ class Server:
                 calls = int(min(64, max(1, DEVICE_CALLS_S / samples[-1])))
                 start = time.perf_counter()
                 for _ in range(calls):
-                    outputs = session.call(inputs)
+                    outputs = session.call(session.next_inputs())
                 session.wait(outputs)
                 device_samples.append((time.perf_counter() - start) / calls)
         return {"times_s": samples, "device_times_s": device_samples}
@@ -211,6 +211,7 @@ class Session:
         self.problem, self.adapter = problem, adapter
         self.rotated: list[tuple] = []
         self.checked: tuple = ()
+        self.calls = 1  # the judged call has read the first of the rotated inputs
 
     def make_inputs(self) -> None:
         """Put the inputs on the device: `checked` for the judged call, `rotated` for the timed ones.
@@ -231,6 +232,12 @@ class Session:
             rows = cases.sampled_rows(self.problem)
             sparse[:, rows] = arrays["cotangent"][:, rows]
             self.checked = (*inputs[:3], self.put(sparse))
+
+    def next_inputs(self) -> tuple:
+        """The rotated inputs in turn, across requests: those read longest ago."""
+        inputs = self.rotated[self.calls % len(self.rotated)]
+        self.calls += 1
+        return inputs
 
     def judged(self, outputs: tuple) -> dict[str, np.ndarray]:
         rows = cases.sampled_rows(self.problem)

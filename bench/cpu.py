@@ -118,8 +118,9 @@ def pairs(data: dict) -> list[Pairs]:
     torch = {results.key(row)[:-1]: row for row in data["rows"] if row["implementation"] == TORCH}
     found = []
     for row in data["rows"]:
-        if row["implementation"] == OURS and row["times_s"]:
-            other = torch.get(results.key(row)[:-1], {"times_s": []})["times_s"]
+        if row["implementation"] == OURS and results.measured(row):
+            beside = torch.get(results.key(row)[:-1], {})
+            other = beside["times_s"] if results.measured(beside) else []
             ratios = tuple(b / a for a, b in zip(row["times_s"], other, strict=False))
             rate = row["flops"] / statistics.median(row["times_s"])
             found.append(Pairs(row, ratios, rate / data["product_flops_per_s"]))

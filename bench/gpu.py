@@ -39,10 +39,10 @@ class Part:
 def parts(folder: Path) -> list[Part]:
     """The parts in order; together at most eight minutes."""
     chosen = [word for name in CASES for word in ("--case", name)]
-    cases_argv = ("bench", *chosen, "--device", "cuda", "--minutes", "3.8", "--out", str(folder / "cases"))
+    options = ("--device", "cuda", "--minutes", "3.8", "--traffic", "--out", str(folder / "cases"))
     return [
         Part("parity", "every stage against torch, planted faults", ("oracle",), 60),
-        Part("cases", "every implementation beside every other", cases_argv, 260),
+        Part("cases", "every implementation beside every other", ("bench", *chosen, *options), 260),
         Part(
             "traffic",
             "bytes moved, modelled for this GPU",

@@ -127,7 +127,7 @@ def finish(data: dict, folder: Path, *, traffic: bool) -> None:
     except ImportError as error:
         print(f"No figures: {error}. Install with pip install -e '.[all]', then python -m bench plot {folder}")
     for key, rows in plot.groups(data).items():
-        if any(row["times_s"] for row in rows):
+        if any(results.measured(row) for row in rows):
             print(f"{plot.caption(key, rows)}: {report.findings(rows)}")
     reports = report.write(data, folder, pictures)
     for path in [folder / "results.json", *reports, *pictures]:

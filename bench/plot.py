@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -47,7 +48,7 @@ STYLES = {
     "hf-eager-layer": Style("#56b4e9", "d", "--"),
     "hf-sdpa-layer": Style("#004d80", "p", "-."),
 }
-OTHER = Style("#404040", "+", "-")  # a user's own function
+OTHERS = tuple(Style("#404040", marker, line) for line in ("-", "--", "-.") for marker in "x+34")  # a user's own
 ORDER = {name: index for index, name in enumerate(STYLES)}
 
 KINDS = ("time", "tflops", "memory", "error", "bytes", "roofline")  # of figures, one group of rows each
@@ -55,8 +56,10 @@ FASTER = 2.0  # flash (a tile of scores at a time) is to be more than so many ti
 NEVER = math.inf
 
 
-def style(implementation: str) -> Style:
-    return STYLES.get(implementation, OTHER)
+def styles(data: dict) -> dict[str, Style]:
+    """The look of every implementation of a results file: a user's own functions get theirs in the order of rows."""
+    own = dict.fromkeys(row["implementation"] for row in data["rows"] if row["implementation"] not in STYLES)
+    return STYLES | dict(zip(own, itertools.cycle(OTHERS), strict=False))
 
 
 def groups(data: dict) -> dict[tuple, list[dict]]:
@@ -114,19 +117,19 @@ def draw(data: dict, folder: Path) -> list[Path]:
     paths = []
     many = groups(data)
     for key, rows in many.items():
-        if not any(row["times_s"] for row in rows):
+        if not any(results.measured(row) for row in rows):
             continue
         stem = name_of(key, many)
         for kind, figure in (("time", time_figure), ("tflops", rate_figure), ("memory", memory_figure)):
             paths.append(figure(data, key, rows, folder / f"{stem}-{kind}.png"))
-        if any(row["error"] and row["times_s"] and not row["layer"] for row in rows):
+        if any(row["error"] and results.measured(row) and not row["layer"] for row in rows):
             paths.append(error_figure(data, key, rows, folder / f"{stem}-error.png"))
         if any(counted(row) for row in rows):
             paths.append(bytes_figure(data, key, rows, folder / f"{stem}-bytes.png"))
-        if any(counted(row) and row["traffic"]["bytes_per_s"] and row["times_s"] for row in rows):
+        if any(counted(row) and row["traffic"]["bytes_per_s"] and results.measured(row) for row in rows):
             paths.append(roofline_figure(data, key, rows, folder / f"{stem}-roofline.png"))
     for case in {key[0]: None for key in many}:
-        alike = {key: rows for key, rows in many.items() if key[0] == case and any(row["times_s"] for row in rows)}
+        alike = {key: rows for key, rows in many.items() if key[0] == case and any(map(results.measured, rows))}
         if len({key[1] for key in alike}) > 1:
             paths.append(masks_figure(data, alike, folder / f"{case}-masks.png"))
     return paths
@@ -156,11 +159,11 @@ def caption(key: tuple, rows: list[dict]) -> str:
 
 
 def panels(rows: list[dict]):
-    """A figure with a panel for attention and, where there are such rows, one for whole layers."""
+    """A figure with a panel for attention and, where there is something to show, one for whole layers."""
     import matplotlib.pyplot as plt
 
-    parts = [[row for row in rows if not row["layer"]], [row for row in rows if row["layer"] and row["times_s"]]]
-    parts = [part for part in parts if part]
+    layers = [row for row in rows if row["layer"] and (results.measured(row) or does_not_fit(row))]
+    parts = [part for part in ([row for row in rows if not row["layer"]], layers) if part]
     figure, axes = plt.subplots(
         1, len(parts), figsize=(5.6 + 3.9 * (len(parts) - 1), 4.6), sharey=True, squeeze=False, layout="constrained"
     )
@@ -178,24 +181,26 @@ def panels(rows: list[dict]):
 
 
 def log_scale(axis) -> None:
-    """A logarithmic axis with plain numbers: 0.5, 20, 3,000."""
-    from matplotlib.ticker import LogFormatter
+    """A logarithmic axis with plain numbers (0.5, 20, 3,000), as many as have room beside each other."""
 
-    class Plain(LogFormatter):
-        def __call__(self, x, pos=None):
-            return f"{x:,g}" if super().__call__(x, pos) else ""
+    def between(x: float, pos) -> str:
+        low, high = axis.get_view_interval()
+        decades = math.log10(high / low)
+        digits = range(2, 10) if decades < 0.3 else (2, 3, 5) if decades < 1 else (2, 5) if decades < 1.5 else ()
+        return f"{x:,g}" if round(x / 10 ** math.floor(math.log10(x) + 1e-9)) in digits else ""
 
     getattr(axis.axes, f"set_{axis.axis_name}scale")("log")
-    axis.set_major_formatter(Plain())
-    axis.set_minor_formatter(Plain(labelOnlyBase=False, minor_thresholds=(1, 0.4)))
+    axis.set_major_formatter(lambda x, pos: f"{x:,g}")
+    axis.set_minor_formatter(between)
 
 
-def lines(ax, part: list[dict], value) -> None:
+def lines(ax, data: dict, part: list[dict], value) -> None:
     """One line per implementation through the rows where `value(row)` is not None."""
+    looks = styles(data)
     for name, rows in by_implementation(part).items():
         points = [(row["keys"], value(row)) for row in rows if value(row) is not None]
         if points:
-            look = style(name)
+            look = looks[name]
             ax.plot(
                 *zip(*points, strict=True),
                 color=look.colour,
@@ -221,10 +226,10 @@ def time_figure(data: dict, key: tuple, rows: list[dict], path: Path) -> Path:
     figure, parts = panels(rows)
     for ax, part in parts:
         log_scale(ax.yaxis)
-        lines(ax, part, lambda row: results.summary(row).time_ms)
+        lines(ax, data, part, lambda row: results.summary(row).time_ms)
     parts[0][0].set_ylabel("time of one call (ms, median)")
     ax = parts[0][0]
-    mark_missing(ax, parts[0][1])
+    mark_missing(data, parts)
     length = crossover(rows)
     if length == NEVER:
         text = "flash more than 2x faster: never"
@@ -237,24 +242,33 @@ def time_figure(data: dict, key: tuple, rows: list[dict], path: Path) -> Path:
     return save(figure, path)
 
 
-def mark_missing(ax, part: list[dict]) -> None:
-    """A hollow marker in a strip above the data for each row that did not fit in memory."""
-    lost: dict[int, list[dict]] = {}
-    for row in part:
-        if row["status"] == "out of memory" or row["reason"].startswith("memory:"):
-            lost.setdefault(row["keys"], []).append(row)
+def does_not_fit(row: dict) -> bool:
+    """Whether the row was not measured for lack of memory, found by prediction or by running out of it."""
+    return row["status"] == "out of memory" or row["reason"].startswith("memory:")
+
+
+def mark_missing(data: dict, parts: list[tuple]) -> None:
+    """A hollow marker for each row that did not fit in memory, in a strip above the data of panels with one scale."""
+    lost: dict[tuple, list[dict]] = {}
+    for ax, part in parts:
+        for row in part:
+            if does_not_fit(row):
+                lost.setdefault((ax, row["keys"]), []).append(row)
     if not lost:
         return
-    step = 0.05
-    strip = step * (max(map(len, lost.values())) + 0.5)
-    low, high = ax.get_ylim()
-    ax.set_ylim(low, high * (high / low) ** (strip / (1 - strip)))
-    ticks = ax.get_yticks()
-    ax.set_yticks([tick for tick in ticks if low <= tick <= high])
-    ax.axhspan(high, ax.get_ylim()[1], color="#f0f0f0", zorder=1.5)
-    for length, rows in lost.items():
+    labelled = {line.get_label() for ax, _ in parts for line in ax.get_lines()}
+    looks, step = styles(data), 0.05
+    strip = step * (max(map(len, lost.values())) + 1)  # its name stands below the markers
+    first = parts[0][0]
+    low, high = first.get_ylim()
+    first.set_ylim(low, high * (high / low) ** (strip / (1 - strip)))
+    first.set_yticks([tick for tick in first.get_yticks() if low <= tick <= high])
+    for ax in dict.fromkeys(ax for ax, _ in lost):
+        ax.axhspan(high, ax.get_ylim()[1], color="#f0f0f0", zorder=1.5)
+        ax.text(0.02, 1 - strip, "does not fit in memory", transform=ax.transAxes, va="bottom", fontsize=8)
+    for (ax, length), rows in lost.items():
         for index, row in enumerate(rows):
-            look = style(row["implementation"])
+            look = looks[row["implementation"]]
             ax.plot(
                 [length],
                 [1 - step * (index + 0.75)],
@@ -264,29 +278,22 @@ def mark_missing(ax, part: list[dict]) -> None:
                 markerfacecolor="none",
                 markeredgecolor=look.colour,
                 linestyle="none",
+                label=None if row["label"] in labelled else row["label"],
             )
-        ax.annotate(
-            "does not fit in memory",
-            (length, 1 - strip / 2),
-            xycoords=ax.get_xaxis_transform(),
-            xytext=(-9, 0),
-            textcoords="offset points",
-            ha="right",
-            va="center",
-            fontsize=8,
-        )
+            labelled.add(row["label"])
 
 
 def rate_figure(data: dict, key: tuple, rows: list[dict], path: Path) -> Path:
     """TFLOP/s (GFLOP/s where all are below one) against length."""
     figure, parts = panels(rows)
-    rates = [results.summary(row).tflops for row in rows if row["times_s"]]
+    rates = [results.summary(row).tflops for row in rows if results.measured(row)]
     small = max(rates) < 1
     for ax, part in parts:
         lines(
             ax,
+            data,
             part,
-            lambda row: None if not row["times_s"] else results.summary(row).tflops * (1e3 if small else 1),
+            lambda row: None if not results.measured(row) else results.summary(row).tflops * (1e3 if small else 1),
         )
         ax.set_ylim(bottom=0)
     unit = "GFLOP/s" if small else "TFLOP/s"
@@ -301,10 +308,10 @@ def memory_figure(data: dict, key: tuple, rows: list[dict], path: Path) -> Path:
     figure, parts = panels(rows)
     for ax, part in parts:
         log_scale(ax.yaxis)
-        lines(ax, part, lambda row: row["peak_bytes"] / 2**20 if row.get("peak_bytes") else None)
+        lines(ax, data, part, lambda row: row["peak_bytes"] / 2**20 if row.get("peak_bytes") else None)
         for name, own in by_implementation(part).items():
-            look = style(name)
-            predicted = [row for row in own if row["reason"].startswith("memory:") and row["predicted_bytes"]]
+            look = styles(data)[name]
+            predicted = [row for row in own if does_not_fit(row) and row["predicted_bytes"]]
             measured = [row for row in own if row.get("peak_bytes")]
             if predicted:
                 start = [(row["keys"], row["peak_bytes"] / 2**20) for row in measured[-1:]]
@@ -319,11 +326,12 @@ def memory_figure(data: dict, key: tuple, rows: list[dict], path: Path) -> Path:
                     markerfacecolor="none",
                     markersize=7,
                     linestyle="none",
+                    label=None if measured else own[0]["label"],
                 )
     ax = parts[0][0]
     ax.set_ylabel("peak memory of one call (MiB)")
     available = max((row.get("available_bytes") or 0 for row in rows), default=0)
-    if any(row["reason"].startswith("memory:") for row in rows):
+    if any(map(does_not_fit, rows)):
         ax.axhline(available / 2**20, color="#808080", linewidth=1, linestyle=(0, (6, 3)))
         ax.text(0.02, available / 2**20, "available", transform=ax.get_yaxis_transform(), va="bottom", fontsize=8)
         ax.text(0.02, 0.97, "hollow, dotted: predicted,\nnot measured", transform=ax.transAxes, va="top", fontsize=8)
@@ -335,13 +343,13 @@ def error_figure(data: dict, key: tuple, rows: list[dict], path: Path) -> Path:
     """Error against time at the longest length that has the most rows: both smaller is better."""
     import matplotlib.pyplot as plt
 
-    timed = [row for row in rows if row["times_s"] and row["error"] and not row["layer"]]
+    timed = [row for row in rows if results.measured(row) and row["error"] and not row["layer"]]
     lengths = sorted({row["keys"] for row in timed})
     length = max(lengths, key=lambda n: (sum(row["keys"] == n for row in timed), n))
     figure, ax = plt.subplots(figsize=(5.6, 4.2), layout="constrained")
     for row in timed:
         if row["keys"] == length:
-            look = style(row["implementation"])
+            look = styles(data)[row["implementation"]]
             ax.plot(
                 [results.summary(row).time_ms],
                 [row["error"]["rmse"] / row["error"]["bound"]],
@@ -372,7 +380,7 @@ def masks_figure(data: dict, alike: dict[tuple, list[dict]], path: Path) -> Path
     shown = set()
     for ax, (key, rows) in zip(axes[0], alike.items(), strict=True):
         log_scale(ax.yaxis)
-        lines(ax, rows, lambda row: results.summary(row).time_ms)
+        lines(ax, data, rows, lambda row: results.summary(row).time_ms)
         for line in ax.get_lines():  # one entry in the legend for each look
             if line.get_label() in shown:
                 line.set_label("_")
@@ -413,7 +421,7 @@ def bytes_figure(data: dict, key: tuple, rows: list[dict], path: Path) -> Path:
         ax.grid(True, which="major", color="#dddddd", linewidth=0.6)
     axes[0].set_ylabel("moved by one call (GB, model)")
     for name, own in by_implementation(row for row in rows if counted(row)).items():
-        look = style(name)
+        look = styles(data)[name]
         drawn = {"color": look.colour, "linestyle": ":", "marker": look.marker, "markerfacecolor": "none"}
         keys = [row["keys"] for row in own]
         requested, low, high = (
@@ -431,11 +439,11 @@ def roofline_figure(data: dict, key: tuple, rows: list[dict], path: Path) -> Pat
     """Measured TFLOP/s over modelled operations per byte of DRAM traffic, under the device's two roofs."""
     import matplotlib.pyplot as plt
 
-    known = [row for row in rows if counted(row) and row["times_s"] and row["traffic"]["bytes_per_s"]]
+    known = [row for row in rows if counted(row) and results.measured(row) and row["traffic"]["bytes_per_s"]]
     facts = known[0]["traffic"]
     figure, ax = plt.subplots(figsize=(5.6, 4.4), layout="constrained")
     for name, own in by_implementation(known).items():
-        look = style(name)
+        look = styles(data)[name]
         xs = [row["flops"] / row["traffic"]["dram_low_bytes"] for row in own]
         ys = [results.summary(row).tflops for row in own]
         ax.plot(xs, ys, color=look.colour, marker=look.marker, linestyle=look.line, label=own[0]["label"])

@@ -22,21 +22,21 @@ def table(data: dict, case: str, folder: str) -> str:
     many = plot.groups(data)
     parts = []
     for key, rows in many.items():
-        if key[0] != case or not any(row["times_s"] for row in rows):
+        if key[0] != case or not any(results.measured(row) for row in rows):
             continue
         lengths = sorted({row["keys"] for row in rows})
         lines = [["implementation", *(f"{length}" for length in lengths)]]
         lines.append(["---", *("---:" for _ in lengths)])
         for own in plot.by_implementation(rows).values():
-            if any(row["times_s"] for row in own):
+            if any(results.measured(row) for row in own):
                 found = {row["keys"]: cell(row) for row in own}
                 lines.append([own[0]["label"], *(found.get(length, "") for length in lengths)])
         load = data["environment"]["load_average"]
-        busy = f", beside other work (load average {load:.0f})" if load > data["environment"]["cores"] / 2 else ""
+        busy = f", beside other work (load average {load:.0f})" if load > 0.75 * data["environment"]["cores"] else ""
         cores = "" if data["environment"]["device"] == "cuda" else f", {data['settings']['threads']} cores"
         parts.append(
             f"{plot.caption(key, rows)}; {data['environment']['device_name']}{cores}, {data['date'][:10]}{busy}. "
-            "Median milliseconds of one call, and its peak memory:\n"
+            'Milliseconds of one call (the median of several; "once": a single one), and its peak memory:\n'
         )
         parts.append("\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
         parts.append(f"![time against length]({folder}/{plot.name_of(key, many)}-time.png)\n")
@@ -51,7 +51,7 @@ def cell(row: dict) -> str:
     if short.time_ms is None:
         return f"({row['reason'].split(':')[0].split(',')[0]})" if row["status"] == "skipped" else f"({row['status']})"
     peak = f", {report.number(row['peak_bytes'], report.MIB)} MiB" if row.get("peak_bytes") else ""
-    return f"{report.number(short.time_ms)} ms{peak}"
+    return f"{report.number(short.time_ms)} ms{' once' if short.repeats == 1 else ''}{peak}"
 
 
 def updated(text: str, root: Path) -> tuple[str, int]:

@@ -72,7 +72,7 @@ def blocks(data: dict, pictures: list[Path]) -> list:
         for path in [path for path in left if path.stem in [f"{stem}-{kind}" for kind in plot.KINDS]]:
             parts.append(Picture(path, f"{path.stem.removeprefix(stem + '-')}: {plot.caption(key, rows)}"))
             left.remove(path)
-        measured = tuple(cells(row) for row in rows if row["times_s"])
+        measured = tuple(cells(row) for row in rows if results.measured(row))
         if measured:
             parts.append(Table(COLUMNS, measured))
         moved = tuple(traffic_cells(row) for row in rows if row.get("traffic"))
@@ -80,7 +80,7 @@ def blocks(data: dict, pictures: list[Path]) -> list:
             parts.append(Paragraph("Bytes moved by the JAX rows, modelled by the profiler, not measured:"))
             parts.append(Table(TRAFFIC_COLUMNS, moved))
         lost = tuple(
-            (row["label"], str(row["keys"]), row["status"], row["reason"]) for row in rows if not row["times_s"]
+            (row["label"], str(row["keys"]), row["status"], row["reason"]) for row in rows if not results.measured(row)
         )
         if lost:
             parts.append(Paragraph("Not measured, and why:"))
@@ -187,7 +187,7 @@ def findings(rows: list[dict]) -> str:
     if both:
         sentences.append(both)
     for length in sorted({row["keys"] for row in alone}):
-        timed = [row for row in alone if row["keys"] == length and row["times_s"]]
+        timed = [row for row in alone if row["keys"] == length and results.measured(row)]
         if timed:
             best = min(timed, key=lambda row: results.summary(row).time_ms)
             sentences.append(f"Fastest at {length}: {best['label']}, {number(results.summary(best).time_ms)} ms.")
@@ -197,7 +197,7 @@ def findings(rows: list[dict]) -> str:
 def speedup(rows: list[dict]) -> str | None:
     """Fastest tiled against fastest standard row, and their peaks, at the longest length that has both."""
     for length in sorted({row["keys"] for row in rows}, reverse=True):
-        timed = [row for row in rows if row["keys"] == length and row["times_s"]]
+        timed = [row for row in rows if row["keys"] == length and results.measured(row)]
         tiled = [row for row in timed if row["tiled"]]
         standard = [row for row in timed if row["tiled"] is False]
         if not tiled or not standard:

@@ -15,6 +15,8 @@ import statistics
 from pathlib import Path
 
 SCHEMA = 1
+STOPPED = "stopped"  # the status of a row whose repeats a stopped run had begun; --resume measures it again
+MEASURED = ("ok", STOPPED)
 SMALLEST_NOISE = 0.05  # two runs of one program on one machine differ by this much with no reason at all
 
 
@@ -37,6 +39,15 @@ class Summary:
     tflops: float | None
 
 
+def measured(row: dict) -> bool:
+    """Whether the row's repeats are a measurement: it has some, and nothing went wrong after them.
+
+    >>> measured({"times_s": [0.1], "status": "crashed"})
+    False
+    """
+    return bool(row.get("times_s")) and row.get("status", "ok") in MEASURED
+
+
 def summary(row: dict) -> Summary:
     """Summarise a row of a results file.
 
@@ -44,7 +55,7 @@ def summary(row: dict) -> Summary:
     1.0
     """
     times, device_times = row.get("times_s") or [], row.get("device_times_s") or []
-    if not times:
+    if not measured(row):
         return Summary(None, None, None, None, None, 0, None)
     median = statistics.median(times)
     device = statistics.median(device_times) if device_times else None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import importlib.util
 import json
 import math
 import os
@@ -36,6 +37,7 @@ REPEATS = 10
 LENGTH_S = 20.0
 ROOT = Path(__file__).resolve().parent.parent
 DONE = ("ok", "wrong", "refused", "missing")  # what --resume does not try again
+INTERRUPTED = {"status": results.STOPPED, "reason": "the run was stopped before its last repeat"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,6 +234,7 @@ class Runner:
         self.started = 0
         self.under_way: list[Measurement] = []
         self.always: set[str] = set()
+        self.left_out: dict[tuple[str, str], str] = {}
         chosen = settings.device
         self.judge = self.new_child()
         try:
@@ -287,7 +290,10 @@ class Runner:
         self.close()
 
     def save(self) -> None:
-        results.save(self.results, self.folder)
+        """Write the results file; rows that are being timed stand in it as those of a run that was stopped now."""
+        begun = [one.row for one in self.under_way if not one.saved and results.measured(one.row)]
+        rows = [*self.results["rows"], *(row | INTERRUPTED for row in begun)]
+        results.save(self.results | {"rows": rows}, self.folder)
 
     def left_s(self) -> float:
         return self.settings.total_s - (time.monotonic() - self.start)
@@ -295,6 +301,8 @@ class Runner:
     def run(self, chosen: list[Case]) -> dict:
         """Measure the cases, saving after each row; returns what is in the results file."""
         self.always = {case.name for case in chosen if case.always}
+        if self.device == "cpu" and not self.settings.implementations:
+            self.left_out = {(case.name, name): reason for case in chosen for name, reason in case.not_on_cpu}
         plan = [(case, mask, length) for case in chosen for mask in case.masks for length in self.lengths(case)]
         total = sum(len(self.names(case)) for case, _, _ in plan)
         with Progress(total) as progress:
@@ -378,7 +386,8 @@ class Runner:
                 beside = []
         finally:
             for one in waiting:
-                if one.row["times_s"]:
+                if one.row["times_s"] and not one.saved:
+                    one.row |= INTERRUPTED
                     self.finish(one, progress)
                 one.close()
             self.under_way = []
@@ -426,8 +435,13 @@ class Runner:
                 return "missing", torch_cuda
         if adapter.layer and self.settings.quick:
             return "skipped", "left out by --quick"
-        reason = adapter.refuses(problem)
-        return ("refused", reason) if reason else None
+        if reason := adapter.refuses(problem):
+            return "refused", reason
+        if adapter.needs and importlib.util.find_spec(adapter.needs) is None:
+            return "missing", f"{adapter.needs} is not installed"
+        if reason := self.left_out.get((problem.case, problem.implementation)):
+            return "skipped", f"{reason}; to have it: --impl {problem.implementation}"
+        return None
 
     def fits(self, one: Measurement) -> bool:
         """Whether the predicted bytes are there; where not, the row says so with both numbers."""
@@ -567,7 +581,8 @@ class Runner:
     def time_in_turns(self, going: list[Measurement], reserved_s: float, more: bool, progress: Progress) -> None:
         """Round after round, one turn each, until every row has its repeats or the length's time is spent.
 
-        A turn of a fast implementation takes several samples, so that rounds are not all waiting.
+        A turn of a fast implementation takes several samples, so that rounds are not all waiting. After each
+        round the repeats so far are on the disk, as those of a run that was stopped there.
         """
         left_s = max(0.0, self.left_s() - reserved_s)
         end = time.monotonic() + (min(self.settings.length_s, left_s / 3) if more else left_s)
@@ -584,6 +599,9 @@ class Runner:
                 if reply is not None:
                     row["times_s"] += reply["times_s"]
                     row["device_times_s"] += reply["device_times_s"]
+                elif row["times_s"]:
+                    row["reason"] = f"after {len(row['times_s'])} repeats: {row['reason']}"
+            self.save()
 
     def finish(self, one: Measurement, progress: Progress) -> None:
         """A row is final: its process ends, and it goes to the disk. Once: a second time does nothing."""

@@ -188,7 +188,7 @@ def figure(data: dict, path: Path) -> Path:
     lengths = sorted({row["keys"] for row in rows})
     for ax, what in zip(axes, ("requested", "dram"), strict=True):
         for name, own in plot.by_implementation(rows).items():
-            look = plot.style(name)
+            look = plot.STYLES[name]
             keys = [row["keys"] for row in own]
             low = [total(row, what) for row in own]
             hollow = {"marker": look.marker, "markerfacecolor": "none", "markersize": 9}

@@ -19,6 +19,17 @@ def crashing(query, key, value, **arguments):
     os.abort()
 
 
+def crashing_later(query, key, value, **arguments):
+    """Right five times, then the process ends."""
+    crashing_later.calls += 1
+    if crashing_later.calls > 5:
+        os.abort()
+    return torch_right(query, key, value, **arguments)
+
+
+crashing_later.calls = 0
+
+
 def too_large(query, key, value, **arguments):
     raise MemoryError("no room for the scores")
 

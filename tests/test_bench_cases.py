@@ -111,6 +111,7 @@ def test_every_case_names_implementations_that_exist():
 def test_the_cases_that_are_promised():
     llama = cases.CASES["llama-3.2-1b"]
     assert (llama.heads, llama.kv_heads, llama.head_dim, llama.lengths) == (32, 8, 64, (1024, 4096, 16384))
+    assert set(llama.implementations) == {*cases.EVERY, *cases.LAYERS} == adapters.ADAPTERS.keys()
     speedup = cases.CASES["speedup"]
     assert (speedup.batch, speedup.heads, speedup.head_dim, speedup.dtype_gpu) == (1, 32, 128, "float16")
     assert (speedup.lengths[0], speedup.lengths[-1]) == (512, 8192)

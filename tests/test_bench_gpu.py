@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import gpu, run
+from bench import gpu, measure, run
 from bench.gpu import Part
 
 
@@ -45,6 +45,16 @@ def test_a_part_run_alone_leaves_the_record_of_the_others(modules):
     gpu.run_parts([Part("two", "", ("bad",), 60)], modules)
     record = json.loads((modules / "parts.json").read_text())
     assert [part["status"] for part in record.values()] == ["ok", "ok"]
+
+
+def test_the_cases_are_measured_with_their_bytes(tmp_path):
+    (part,) = [part for part in gpu.parts(tmp_path) if part.name == "cases"]
+    command, *options = part.argv
+    assert command == "bench"
+    arguments = measure.parser().parse_args(options)
+    assert arguments.traffic
+    assert arguments.case == list(gpu.CASES)
+    assert 60 * arguments.minutes < part.limit_s
 
 
 def test_parts_stay_within_eight_minutes(tmp_path):

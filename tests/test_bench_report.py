@@ -1,6 +1,7 @@
 """Figures and reports come from results files only; summaries and comparisons are what they say."""
 
 import copy
+import itertools
 import math
 import subprocess
 import sys
@@ -9,7 +10,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from bench import commands, compare, plot, readme, report, results, run
+from bench import commands, compare, measure, plot, readme, report, results, run
 
 LABELS = {"jaxattn-naive": False, "jaxattn-blockwise": True, "torch-sdpa-flash": True}
 
@@ -65,6 +66,14 @@ def data(rows):
         "method": ["how"],
         "rows": rows,
     }
+
+
+@pytest.fixture(autouse=True)
+def no_figure_stays_open():
+    yield
+    from matplotlib import pyplot
+
+    pyplot.close("all")
 
 
 @pytest.fixture
@@ -126,6 +135,60 @@ def test_figures_are_drawn_and_hold_what_was_not_measured_as_hollow_markers(exam
     assert solid["jaxattn blockwise"] == [100.0, 1000.0, 16000.0]
 
 
+@pytest.mark.parametrize(("status", "some"), [("skipped", True), ("skipped", False), ("out of memory", True)])
+def test_a_layer_that_does_not_fit_in_memory_is_in_both_figures(example, tmp_path, monkeypatch, status, some):
+    drawn = {}
+    monkeypatch.setattr(plot, "save", lambda figure, path: drawn.setdefault(path.name, figure) and path)
+    layer = {"implementation": "hf-eager-layer", "label": "HF eager layer", "layer": True}
+    reason = "memory: 72.8 GB predicted, 20.6 GB may be used" if status == "skipped" else "killed by the system"
+    rows = [row("jaxattn-naive", 1024, (0.2,), **layer)] if some else []
+    example["rows"] += [*rows, row("jaxattn-naive", 16384, **layer, status=status, reason=reason)]
+    plot.draw(example, tmp_path)
+    for kind in ("time", "memory"):
+        attention, layers = drawn[f"llama-3.2-1b-{kind}.png"].axes
+        hollow = [line for line in layers.get_lines() if line.get_markerfacecolor() == "none"]
+        assert [(line.get_marker(), list(line.get_xdata())) for line in hollow] == [("d", [16384])], kind
+        assert attention.get_ylim() == layers.get_ylim()
+        assert [line.get_label() for line in layers.get_lines()].count("HF eager layer") == 1  # in the legend, once
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(526, 6787), (2992, 29955), (4000, 7000), (3000, 4500), (61, 64), (0.5, 900), (2, 55)]
+)
+def test_labels_of_a_logarithmic_axis_stand_apart(low, high):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.2, 4.2), layout="constrained")
+    ax = figure.add_subplot()
+    ax.plot([low, high], [1, 2])
+    plot.log_scale(ax.xaxis)
+    figure.canvas.draw()
+    left, right = ax.get_xlim()
+    labels = [
+        tick for tick in ax.get_xticklabels(which="both") if tick.get_text() and left <= tick.get_position()[0] <= right
+    ]
+    assert labels
+    places = sorted(tick.get_window_extent().extents[[0, 2]].tolist() for tick in labels)
+    assert all(after[0] - before[1] > 3 for before, after in itertools.pairwise(places)), [t.get_text() for t in labels]
+
+
+def test_two_functions_of_a_user_look_different_and_the_same_in_every_figure(tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(plot, "save", lambda figure, path: drawn.setdefault(path.name, figure) and path)
+    mine = {name: {"implementation": f"mine:{name}", "label": name, "tiled": None} for name in "fg"}
+    rows = [row("jaxattn-naive", 64, (1.0,), **mine["f"]), row("jaxattn-naive", 64, (2.0,), **mine["g"])]
+    rows.append(row("jaxattn-naive", 64, (2.0,), **mine["g"], mask="full"))
+    plot.draw(data(rows), tmp_path)
+
+    def look(name, label):
+        (line,) = [line for line in drawn[name].axes[0].get_lines() if line.get_label() == label]
+        return line.get_marker(), line.get_linestyle()
+
+    f, g = (look("llama-3.2-1b-causal-time.png", label) for label in "fg")
+    assert f != g
+    assert look("llama-3.2-1b-full-time.png", "g") == g
+
+
 TRAFFIC = {
     "target": "NVIDIA H100",
     "requested_bytes": 4 * 10**9,
@@ -168,7 +231,7 @@ def test_figures_say_never_where_flash_is_never_twice_as_fast(tmp_path, monkeypa
 
 
 def test_no_two_implementations_look_alike_on_grey_paper():
-    looks = [(style.marker, style.line) for style in plot.STYLES.values()]
+    looks = [(style.marker, style.line) for style in (*plot.STYLES.values(), *plot.OTHERS)]
     assert len(set(looks)) == len(looks)
 
 
@@ -243,9 +306,34 @@ def test_an_unknown_command_is_answered_with_the_commands(capsys):
 def test_the_readme_and_the_published_results_agree():
     text = (run.ROOT / "README.md").read_text()
     new, count = readme.updated(text, run.ROOT)
-    if not count:
-        pytest.skip("the README holds no table of results")
+    assert count >= 1, "the README holds no table of results"
     assert new == text, "python -m bench readme makes the tables again"
+
+
+@pytest.mark.parametrize(
+    ("code", "drawn", "said"),
+    [(0, True, ""), (2, False, "ended with exit code 2"), (None, False, "took more than 60 s")],
+)
+def test_the_traffic_picture_is_drawn_by_its_command_or_its_absence_is_explained(
+    tmp_path, monkeypatch, capsys, code, drawn, said
+):
+    asked = []
+
+    def ran(command, cwd, timeout, check):
+        asked.append(command[1:])
+        if code is None:
+            raise subprocess.TimeoutExpired(command, timeout)
+        if drawn:
+            (tmp_path / "traffic.png").write_bytes(b"a picture")
+        return subprocess.CompletedProcess(command, code)
+
+    monkeypatch.setattr(measure.subprocess, "run", ran)
+    pictures = measure.traffic_picture(tmp_path)
+    assert asked == [["-m", "bench", "traffic", "--out", str(tmp_path)]]
+    assert pictures == [tmp_path / "traffic.png"] * drawn
+    printed = capsys.readouterr().out
+    assert said in printed
+    assert bool(printed) == bool(said)
 
 
 def test_a_readme_block_is_made_from_its_results(example, tmp_path):
@@ -256,6 +344,8 @@ def test_a_readme_block_is_made_from_its_results(example, tmp_path):
     assert new.startswith(f"before\n{begin}")
     assert new.endswith(f"{end}\nafter")
     assert "| jaxattn naive | 150 ms, 384 MiB | 4100 ms, 6144 MiB | (memory) |" in new
+    assert "| torch sdpa flash | 200 ms once, 384 MiB |" in new
+    assert 'the median of several; "once": a single one' in new
     assert "](bench/results/cpu/cases/llama-3.2-1b-time.png)" in new
     assert readme.updated(new, tmp_path) == (new, 1)
     example["environment"]["load_average"] = 9.4

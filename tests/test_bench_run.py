@@ -3,6 +3,7 @@
 Runs real child processes at tiny shapes; the predictions of memory are compared with real peaks.
 """
 
+import dataclasses
 import json
 import sys
 
@@ -11,11 +12,12 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("matplotlib")
 
-from bench import adapters, cases, child, environment, measure, results, run
+from bench import adapters, cases, child, environment, measure, plot, report, results, run
 from bench.cases import Problem
 
 TINY = cases.custom("1,64,64,4,2,16", "causal")
 FUNCTIONS = "tests.bench_functions:"
+CRASHING_LATER = f"torch:{FUNCTIONS}crashing_later"
 
 
 def runner(tmp_path, earlier=None, **settings):
@@ -29,7 +31,7 @@ def mixed(tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("mixed")
     known = ("jaxattn-triton", "torch-sdpa-efficient")
     brought = ("right", "wrong", "crashing", "too_large", "wasteful")
-    names = (*known, *(FUNCTIONS + name for name in brought), f"torch:{FUNCTIONS}torch_right")
+    names = (*known, *(FUNCTIONS + name for name in brought), f"torch:{FUNCTIONS}torch_right", CRASHING_LATER)
     with runner(tmp_path, implementations=names) as one:
         one.run([TINY])
     return results.load(tmp_path / "run")
@@ -61,6 +63,19 @@ def test_a_crash_costs_its_own_row_only(mixed):
     row = row_of(mixed, FUNCTIONS + "crashing")
     assert row["status"] == "crashed"
     assert "SIGABRT" in row["reason"]
+
+
+def test_a_crash_while_it_is_timed_is_shown_as_a_crash_and_not_as_measured(mixed):
+    row = row_of(mixed, CRASHING_LATER)
+    assert row["status"] == "crashed"
+    assert 1 <= len(row["times_s"]) < 5
+    assert f"after {len(row['times_s'])} repeats" in row["reason"]
+    assert "SIGABRT" in row["reason"]
+    assert results.summary(row).time_ms is None
+    lost = f"| {CRASHING_LATER} | 64 | crashed | {row['reason']} |"
+    assert [line for line in report.markdown(report.blocks(mixed, [])).splitlines() if "crashing_later" in line] == [
+        lost
+    ]
 
 
 def test_running_out_of_memory_costs_its_own_row_only(mixed):
@@ -103,12 +118,71 @@ def test_a_resumed_run_measures_only_what_is_not_done(mixed, tmp_path):
     assert data["resumed"] == [mixed["date"]]
 
 
+def test_repeats_are_on_the_disk_after_each_round_and_are_no_finished_row(tmp_path, monkeypatch):
+    name, seen, ask = FUNCTIONS + "right", [], run.Child.ask
+
+    def look_first(self, do, *arguments, **request):
+        if do == "sample":
+            seen.append(results.load(tmp_path / "run"))
+        return ask(self, do, *arguments, **request)
+
+    monkeypatch.setattr(run.Child, "ask", look_first)
+    with runner(tmp_path, implementations=(name,)) as one:
+        one.run([TINY])
+    first, second, third = seen
+    final = row_of(results.load(tmp_path / "run"), name)
+    assert first["rows"] == []
+    for earlier in (second, third):
+        row = row_of(earlier, name)
+        assert row["status"] == "stopped"
+        assert row["times_s"] == final["times_s"][: len(row["times_s"])]
+        assert results.measured(row)
+    assert 0 < len(row_of(second, name)["times_s"]) < len(row_of(third, name)["times_s"]) < len(final["times_s"])
+    assert final["status"] == "ok"
+    with runner(tmp_path / "again", earlier=third) as one:
+        assert one.results["rows"] == []
+
+
+def test_a_row_that_was_being_timed_when_the_run_was_stopped_is_measured_again(tmp_path, monkeypatch):
+    name, asked, ask = FUNCTIONS + "right", [], run.Child.ask
+
+    def stop_at_the_third(self, do, *arguments, **request):
+        asked.append(do)
+        if asked.count("sample") == 3:
+            raise KeyboardInterrupt
+        return ask(self, do, *arguments, **request)
+
+    monkeypatch.setattr(run.Child, "ask", stop_at_the_third)
+    with runner(tmp_path, implementations=(name,)) as one, pytest.raises(KeyboardInterrupt):
+        one.run([TINY])
+    row = row_of(results.load(tmp_path / "run"), name)
+    assert (row["status"], row["reason"]) == ("stopped", "the run was stopped before its last repeat")
+    assert row["times_s"]
+    assert "stopped" not in run.DONE
+
+
 def test_gradients_are_judged_and_timed(tmp_path):
     with runner(tmp_path, direction="both", implementations=("jaxattn-blockwise", "torch-eager")) as one:
         one.run([TINY])
         rows = one.results["rows"]
     assert [row["status"] for row in rows] == ["ok", "ok"], [row["reason"] for row in rows]
     assert all(row["times_s"] for row in rows)
+
+
+def test_bytes_are_counted_beside_the_times_and_drawn(tmp_path):
+    with runner(tmp_path, traffic=True, implementations=("jaxattn-naive", "torch-eager")) as one:
+        one.run([TINY])
+        data = one.results
+    found = row_of(data, "jaxattn-naive")["traffic"]
+    assert found["unknown"] == []
+    assert found["requested_bytes"] >= found["compulsory_bytes"] == (2 * 64 * 4 + 2 * 64 * 2) * 16 * 4
+    assert found["compulsory_bytes"] <= found["dram_low_bytes"] <= found["dram_high_bytes"]
+    assert row_of(data, "torch-eager")["traffic"] is None
+    assert all(row["status"] == "ok" and row["times_s"] for row in data["rows"])
+    assert "custom-bytes.png" in [path.name for path in plot.draw(data, tmp_path)]
+    known = found | {"peak_flops": 1e12, "bytes_per_s": 1e11}  # as of a GPU, whose rates are in the table of targets
+    row_of(data, "jaxattn-naive")["traffic"] = known
+    assert "custom-roofline.png" in [path.name for path in plot.draw(data, tmp_path)]
 
 
 def test_without_time_only_the_tiled_implementation_runs(tmp_path):
@@ -132,6 +206,34 @@ def test_what_cannot_fit_is_skipped_before_anything_is_started(tmp_path, monkeyp
     assert [row["status"] for row in rows] == ["skipped"] * 5
     assert rows[0]["reason"] == "memory: 69.1 GB predicted, 20.4 GB may be used"
     assert all(row["predicted_bytes"] > row["available_bytes"] for row in rows)
+
+
+def test_the_main_case_lists_every_peer_and_starts_none_that_is_missing_or_refuses(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokamax", None)  # as where it is not installed
+    started = (*cases.LAYERS, "jaxattn-naive", "jaxattn-blockwise", "jax-nn-xla")
+    started += ("torch-eager", "torch-sdpa-math", "torch-sdpa-flash")
+    opened = []
+    monkeypatch.setattr(run.Runner, "fits", lambda self, one: opened.append(one.problem.implementation))
+    with runner(tmp_path, lengths=(64,)) as one:
+        one.run([cases.CASES[measure.MAIN_CASE]])
+        data = one.results
+    assert sorted(opened) == sorted(started)
+    found = {row["implementation"]: (row["status"], row["reason"]) for row in data["rows"]}
+    assert found.keys() == {*cases.EVERY, *cases.LAYERS}
+    assert found["tokamax-xla"] == ("missing", "tokamax is not installed")
+    assert found["tokamax-mosaic"] == ("refused", "it runs on CUDA only; this run is on cpu")
+    status, reason = found["torch-flex"]
+    assert status == "skipped"
+    assert "compiling it on a CPU" in reason
+    assert "--impl torch-flex" in reason
+
+
+def test_what_a_case_leaves_out_on_a_cpu_is_measured_where_asked_for(tmp_path, monkeypatch):
+    opened = []
+    monkeypatch.setattr(run.Runner, "fits", lambda self, one: opened.append(one.problem.implementation))
+    with runner(tmp_path, lengths=(64,), implementations=("torch-flex",)) as one:
+        one.run([cases.CASES[measure.MAIN_CASE]])
+    assert opened == ["torch-flex"]
 
 
 STANDARD = ("jaxattn-naive", "jax-nn-xla", "torch-eager", "torch-sdpa-math")
@@ -169,10 +271,14 @@ def test_cold_inputs_rotate_through_more_than_a_cache(tmp_path):
     pointers = {inputs[0].unsafe_buffer_pointer() for inputs in session.rotated}
     assert len(pointers) == len(session.rotated)
     called = []
-    session.call, wait = (lambda inputs: called.append(inputs)), session.wait
-    session.wait = lambda outputs: wait(outputs) if outputs is not None else None
-    server.sample(3)
-    assert [id(inputs) for inputs in called] == [id(inputs) for inputs in session.rotated[:3]]
+    session.call, session.wait = called.append, lambda outputs: outputs
+    server.sample(2)
+    server.sample(2)  # a second turn goes on where the first ended
+    session.problem = dataclasses.replace(problem, device="cuda")  # there, calls are also queued
+    assert len(server.sample(2)["device_times_s"]) == 2
+    assert len(called) > 2 * len(session.rotated)
+    order = [next(i for i, inputs in enumerate(session.rotated) if inputs is one) for one in called]
+    assert order == [(1 + i) % len(session.rotated) for i in range(len(called))]
 
 
 @pytest.mark.gpu

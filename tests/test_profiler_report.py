@@ -12,6 +12,7 @@ from jax import lax
 import jaxattn
 from bench import counters, traffic
 from jaxattn.profiler import Report, profile
+from jaxattn.profiler import compile as compiling
 from jaxattn.profiler.report import format_bytes
 
 
@@ -243,6 +244,53 @@ def test_traffic_of_this_cpu_orders_the_implementations():
     row_bytes = 512 * 8 * 64 * 2
     own = 4 * row_bytes + 512 * 8 * 4  # q, k, v, output and log-sum-exp
     assert traffic.total(kernel, "dram") == pytest.approx(own, rel=0.03)
+
+
+@pytest.fixture(scope="module")
+def published():
+    """The rows of the published picture, by implementation and length: compiled for an H200."""
+    data = json.loads((traffic.ROOT / "bench/results/h200-compiled/traffic.json").read_text())
+    assert (data["target"], data["shape"]["mask"], data["shape"]["dtype"]) == ("h200", "causal", "bfloat16")
+    return {(row["implementation"], row["keys"]): row for row in data["rows"]}
+
+
+@pytest.mark.parametrize("n", traffic.LENGTHS)
+def test_published_kernel_requests_its_queries_tiles_and_output(published, n):
+    row = published["jaxattn-triton", n]
+    (note,) = [note for note in row["notes"] if "registers" in note]
+    assert "attention_forward_128x64" in note
+    heads, head_bytes, bounds = traffic.HEADS, 2 * traffic.HEAD_DIM, 4 * 4  # a program's range of tiles: four integers
+    blocks = n // 128
+    tiles = sum(2 * (i + 1) for i in range(blocks))  # 64 keys each, up to the diagonal, for 128 queries
+    read = heads * (n * head_bytes + 2 * tiles * 64 * head_bytes + blocks * bounds)
+    assert row["requested"] == {"read": read, "written": heads * n * head_bytes}
+    assert row["unknown"] == []
+
+
+@pytest.mark.parametrize("n", traffic.LENGTHS)
+def test_published_kernel_moves_its_inputs_and_output_across_dram_once(published, n):
+    row = published["jaxattn-triton", n]
+    assert row["compulsory"] == 4 * n * traffic.HEADS * traffic.HEAD_DIM * 2
+    for end in ("low", "high"):
+        assert traffic.total(row, "dram", end) == pytest.approx(row["compulsory"], rel=0.03)
+
+
+def test_published_kernel_moves_at_least_ten_times_fewer_bytes_across_dram_than_naive_at_16384(published):
+    naive, kernel = (published[f"jaxattn-{name}", 16384] for name in ("naive", "triton"))
+    assert traffic.total(naive, "dram", "low") >= 10 * traffic.total(kernel, "dram", "high")
+
+
+@pytest.mark.parametrize(
+    ("backend", "wheels", "target"), [("gpu", True, None), ("cpu", True, "h200"), ("cpu", False, None)]
+)
+def test_traffic_is_counted_for_the_gpu_at_hand_else_for_an_h200_else_for_the_cpu(monkeypatch, backend, wheels, target):
+    def find_wheels(folder=None):
+        if not wheels:
+            raise FileNotFoundError("no compile wheels")
+
+    monkeypatch.setattr(compiling, "find_wheels", find_wheels)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    assert traffic.default_target() == target
 
 
 def test_traffic_for_a_target_without_wheels_says_how_to_get_them(tmp_path, capsys):

@@ -238,6 +238,27 @@ def test_the_source_line_of_an_equation_is_found_on_this_jax():
     assert private_jax.user_line(jaxpr.eqns[0].source_info).startswith(f"{__file__}:")
 
 
+def test_of_two_kernels_in_one_file_only_the_one_that_is_named_lost_its_overlap():
+    part = (
+        "ptxas info    : Compiling entry function '{name}' for 'sm_90a'\n"
+        "ptxas info    : Function properties for {name}\n"
+        "    0 bytes stack frame, {spilled} bytes spill stores, {spilled} bytes spill loads\n"
+        "ptxas info    : Used {registers} registers, used 1 barriers\n"
+    )
+    said = (
+        "ptxas info    : (C7511) Potential Performance Loss: wgmma.mma_async instructions are serialized due to "
+        "insufficient register resources for the wgmma pipeline in the function 'attention' in line 20\n"
+        + part.format(name="attention", spilled=104, registers=255)
+        + part.format(name="attention_2", spilled=0, registers=168)
+    )
+    launch, h200 = ((64, 1, 1), 128, 81920), targets.get("h200")
+    for name, expected in (("attention", (True, 104, 255)), ("attention_2", (False, 0, 168))):
+        found = resources._resources(name, "", "wgmma.mma_async", said, launch, h200)
+        assert (found.serialized, found.spill_store_bytes, found.registers) == expected
+    silent = said.partition("\n")[2]
+    assert not resources._resources("attention", "", "wgmma.mma_async", silent, launch, h200).serialized
+
+
 def test_blocks_per_core_obeys_each_limit():
     h200 = targets.get("h200")
     limits = {

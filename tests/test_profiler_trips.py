@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax import lax
 
 from jaxattn.profiler import profile
@@ -207,6 +208,19 @@ def test_two_calls_of_one_function_are_counted_apart():
 
     report = profile(lambda x, n, m: repeat(x, n) + repeat(x, m).sum(), shape(100), np.int32(2), np.int32(9))
     assert calls(report, "# shared") >= {2, 9}
+
+
+def test_a_function_jitted_by_nnx_is_counted_as_the_function_itself():
+    model, x = nnx.Linear(64, 32, rngs=nnx.Rngs(0)), shape(16, 64)
+
+    def apply(model, x):
+        return jnp.tanh(model(x))
+
+    jitted, plain = profile(nnx.jit(apply), model, x), profile(apply, model, x)
+    assert jitted.compulsory == plain.compulsory
+    assert jitted.compulsory.read == (16 * 64 + 64 * 32 + 32) * F32
+    assert jitted.requested == plain.requested
+    assert jitted.flops >= 2 * 16 * 64 * 32
 
 
 def test_static_arguments_and_strings_are_refused():

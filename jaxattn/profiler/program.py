@@ -95,7 +95,9 @@ def trace(fn: Callable, args: tuple, target: Target | None = None) -> Program:
         if not isinstance(leaf, (jax.ShapeDtypeStruct, jax.Array, np.ndarray, np.generic, int, float, complex)):
             raise ValueError(f"argument {leaf!r} is neither an array nor a jax.ShapeDtypeStruct")
     with _as_if_on(target):
-        traced = (fn if hasattr(fn, "trace") else jax.jit(fn)).trace(*args)
+        traced = fn.trace(*args) if hasattr(fn, "trace") else None
+        if not hasattr(traced, "jaxpr"):  # `nnx.jit`'s own stages do not show theirs
+            traced = jax.jit(fn).trace(*args)
     if len(flat) != len(traced.jaxpr.in_avals):
         raise ValueError(
             f"fn takes {len(traced.jaxpr.in_avals)} arrays, {len(flat)} were given: "

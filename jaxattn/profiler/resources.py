@@ -24,7 +24,8 @@ class KernelResources:
     """One kernel of a compiled program.
 
     `wgmma` and `mma` count tensor-core instructions in the code (not executions): warp-group ones (Hopper)
-    and warp ones. `serialized` is true where the assembler says that wgmma lost its overlap (C7511).
+    and warp ones. `serialized` is true where the assembler says that this kernel's wgmma lost its overlap
+    (C7511 and its like).
     `blocks_per_core` is how many blocks a core holds at once, `limit` what stops one more.
     """
 
@@ -146,7 +147,7 @@ def _resources(name, ptx, code, said, launch, target: Target) -> KernelResources
         shared_bytes=shared,
         wgmma=len(re.findall(r"\bwgmma\.mma_async", code)),
         mma=len(re.findall(r"\bmma\.sync|\btcgen05\.mma", code)),
-        serialized="wgmma" in said and "serialized" in said,
+        serialized=re.search(rf"wgmma.* serialized .*function '{name}'", said) is not None,
         blocks_per_core=blocks,
         limit=limit,
         occupancy=blocks * threads / target.threads_per_core,
