@@ -110,6 +110,25 @@ def test_a_written_out_layer_is_hugging_face_s(layer_file, subject, cases):
         np.testing.assert_allclose(case.targets[stage].value, target.value, atol=1e-13)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"inv_freq": np.float32(1)},
+        {"inv_freq": np.ones(0, np.float32)},
+        {"inv_freq": np.ones(7, np.float32)},
+        {"k_proj.weight": np.ones(32, np.float32)},
+        {"v_proj.weight": np.ones((16, 32), np.float32)},
+        {"o_proj.weight": np.ones((64, 32), np.float32)},
+        {"attention_scaling": np.ones(2, np.float32)},
+    ],
+)
+def test_a_layer_file_whose_tensors_do_not_fit_each_other_is_refused(layer_file, tmp_path, capsys, change):
+    path = tmp_path / "layer.pt"
+    checkpoint.write_pickle(path, checkpoint.read_pickle(layer_file) | change)
+    assert command.main(["--layer-file", str(path), "--tokens", "8"]) == 2
+    assert "error: the layer file's shapes must be q_proj [N H, D]" in capsys.readouterr().err
+
+
 def test_a_layer_file_is_compared_without_transformers(layer_file):
     program = (
         "import sys; sys.modules['transformers'] = None\n"
