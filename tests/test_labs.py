@@ -183,7 +183,7 @@ def test_toy_measures_a_step_and_learns_in_a_few(in_this_process, tmp_path, caps
     printed = capsys.readouterr().out
     [row] = data["rows"]
     assert (row["task"], row["variant"], len(row["losses"])) == ("sort", "window", 3)
-    assert_costs_are_shown(data["costs"], printed)
+    assert_costs_are_shown([data["cost"]], printed)
     assert "worse" not in printed  # nothing lies outside the window
 
 
