@@ -53,6 +53,8 @@ _MODEL = {
     "model.norm.weight": ("norm.scale", "D -> D"),
 }
 _UNTIED = {"lm_head.weight": ("unembedding", "V D -> V D")}
+_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_MORE_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
 
 
@@ -96,9 +98,9 @@ class LlamaConfig:
         """From a parsed `config.json` of Hugging Face, old shape (`rope_theta`, `rope_scaling`) or new
         (`rope_parameters`).
 
-        Raises: ValueError for another model type or activation, a missing size, a partial rotary factor
-        (which
-          transformers' Llama ignores), or an unknown RoPE rule.
+        Raises: ValueError for another model type or activation, a missing size, an entry that is no number
+        where one should be, a partial rotary factor (which transformers' Llama ignores), or an unknown RoPE
+        rule.
 
         >>> sizes = dict(vocab_size=9, hidden_size=8, intermediate_size=16, num_hidden_layers=1)
         >>> LlamaConfig.from_hf(sizes | {"num_attention_heads": 2, "rope_theta": 5e5}).head_dim
@@ -107,11 +109,11 @@ class LlamaConfig:
         kind, activation = config.get("model_type", "llama"), config.get("hidden_act", "silu")
         if kind != "llama" or activation != "silu":
             raise ValueError(f"model_type={kind!r}, hidden_act={activation!r} must be 'llama' and 'silu'")
-        names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        missing = [name for name in names if config.get(name) is None]
+        missing = [name for name in _SIZES if config.get(name) is None]
         if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}")
-        V, D, F, layers, N = (int(config[name]) for name in names)
+        _check_numbers(config)
+        V, D, F, layers, N = (config[name] for name in _SIZES)
         rotation = rope.from_hf(config)
         if rotation.rotary_dim != rotation.head_dim:
             raise ValueError(
@@ -129,7 +131,7 @@ class LlamaConfig:
             head_dim=config.get("head_dim") or D // N,
             rope=rotation,
             rms_eps=float(config.get("rms_norm_eps", 1e-6)),
-            max_length=int(config.get("max_position_embeddings", 2048)),
+            max_length=config.get("max_position_embeddings") or 2048,
             tied_embeddings=bool(config.get("tie_word_embeddings", False)),
             attention_bias=bool(config.get("attention_bias", False)),
             mlp_bias=bool(config.get("mlp_bias", False)),
@@ -554,6 +556,23 @@ def _read_index(path: Path) -> dict[str, Path]:
     if wrong:
         raise ValueError(f"{path} and its shards disagree about where these tensors are: {wrong[:10]}")
     return held
+
+
+def _check_numbers(config: Mapping) -> None:
+    """Raise a ValueError that lists the entries of a `config.json` that are no numbers, or none that can be."""
+    wrong = [
+        f"{name}={config[name]!r} must be a positive whole number"
+        for name in (*_SIZES, *_MORE_SIZES)
+        if config.get(name) is not None and not (type(config[name]) is int and config[name] > 0)
+    ]
+    eps = config.get("rms_norm_eps", 0)
+    if type(eps) not in (int, float) or not 0 <= eps < 1:
+        wrong.append(f"rms_norm_eps={eps!r} must be a number from 0 to 1")
+    eos = config.get("eos_token_id")
+    if not all(type(x) is int for x in (eos if isinstance(eos, list) else [] if eos is None else [eos])):
+        wrong.append(f"eos_token_id={eos!r} must be a whole number or a list of them")
+    if wrong:
+        raise ValueError(f"config.json: {'; '.join(wrong)}")
 
 
 def _read_json(path: Path) -> dict:

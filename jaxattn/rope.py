@@ -25,6 +25,21 @@ import jax.numpy as jnp
 import numpy as np
 
 Layout = Literal["half", "interleaved"]
+# Entries of Hugging Face's configurations that are used.
+_NUMBERS = (
+    "rope_theta",
+    "partial_rotary_factor",
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+    "max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+    "attention_factor",
+    "mscale",
+    "mscale_all_dim",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,14 +261,24 @@ def from_hf(config: Mapping) -> RopeConfig:
 
     Args: config: the parsed JSON.
     Returns: a `RopeConfig` in the half-split layout.
-    Raises: ValueError for an unknown rule or a rule that lacks a number, naming it.
+    Raises: ValueError for an unknown rule, or a rule that lacks a number or has none where it should, naming it.
 
     >>> from_hf({"head_dim": 8, "rope_theta": 5e5, "rope_scaling": None}).theta
     500000.0
     """
     if config.get("rope_scaling") and config.get("rope_parameters"):
         raise ValueError("the config has both rope_parameters and rope_scaling; keep the one that is meant")
-    rules = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
+    rules = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rules, Mapping):
+        raise ValueError(f"rope_parameters or rope_scaling must be an object, not {rules!r}")
+    wrong = [
+        f"{name}={place[name]!r}"
+        for place in (config, rules)
+        for name in _NUMBERS
+        if not _is_number(place.get(name)) and not (place[name] == 0 and name.startswith("mscale"))
+    ]
+    if wrong:
+        raise ValueError(f"these entries of the RoPE configuration must be positive numbers: {', '.join(wrong)}")
     kind = rules.get("rope_type", rules.get("type", "default"))
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     theta = _first(rules.get("rope_theta"), config.get("rope_theta"), 10000.0)
@@ -383,6 +408,10 @@ def _reorder(x, order: np.ndarray, axis: int):
 def _check_layout(layout: str) -> None:
     if layout not in ("half", "interleaved"):
         raise ValueError(f"layout={layout!r} must be 'half' or 'interleaved'")
+
+
+def _is_number(value) -> bool:
+    return value is None or (type(value) in (int, float) and 0 < value < math.inf)
 
 
 def _first(*values):

@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     try:
         return args.run(args)
-    except (ValueError, FileNotFoundError, NotImplementedError) as error:
+    except (ValueError, OSError, NotImplementedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -36,7 +36,8 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument(
         "--checkpoint",
         metavar="PATH_OR_HUB_ID",
-        help="a Llama checkpoint folder or hub id; without it one is made from a seed, with Llama-3.2-1B's shapes",
+        help="a Llama checkpoint: a folder (Hugging Face's or Meta's form) or hub id; without it one is made from a "
+        "seed, with Llama-3.2-1B's shapes",
     )
     common.add_argument("--layer", type=int, default=0, help="which attention layer (default 0)")
     parser = argparse.ArgumentParser(prog="python -m oracle", description=__doc__.splitlines()[0], parents=[common])
@@ -109,9 +110,10 @@ def run_generate(args) -> int:
     from jaxattn import llama, nn
     from oracle import checkpoint, parity
 
+    _full_float32()
     _quiet()
     with _checkpoint(args) as folder:
-        hf, config = checkpoint.load_model(folder), llama.LlamaConfig.from_folder(folder)
+        hf, config = checkpoint.load_model(folder), parity.checkpoint_config(folder)
         tokenizer = None
         if args.prompt is None:
             ids = np.random.default_rng(0).integers(0, config.vocab_size, (1, 16))
@@ -156,6 +158,7 @@ def run_diff(args) -> int:
     differs."""
     from oracle import checkpoint, diff, parity
 
+    _full_float32()
     _quiet()
     with _checkpoint(args) as folder:
         model = checkpoint.load_model(folder)
@@ -171,7 +174,7 @@ def run_diff(args) -> int:
     else:
         ours = parity.our_stages(subject, case, parity.implementation(args.implementation))
     diagnosis = diff.diagnose(case, ours, theta=subject.config.rope.theta)
-    print(diagnosis)
+    print(f"compared: {', '.join(diagnosis.compared)}\n{diagnosis}")
     return 0 if diagnosis.stage is None else 1
 
 
@@ -180,7 +183,11 @@ def run_parity(args) -> int:
     from oracle import faults, parity
 
     start = time.perf_counter()
-    print(f"{_versions()}\nTF32 is off on both sides; tolerance: RMSE at most 2x plain torch's + u x RMS(|terms|)\n")
+    _full_float32()
+    print(
+        f"{_versions()}, torch on the CPU\nfloat32 is multiplied in full, TF32 off on both sides; "
+        "tolerance: RMSE at most 2x plain torch's + u x RMS(|terms|)\n"
+    )
     rows, problems = [], []
     print(parity.HEADER)
     if args.layer_file:
@@ -189,12 +196,11 @@ def run_parity(args) -> int:
         return _finish(args, rows, [], problems, start)
     _quiet()
     with _checkpoint(args) as folder:
-        main_subject, cases = None, {}
+        subjects, cases = [], {}
         for subject, dtypes, names in _subjects(args, folder, problems):
             cases[subject.name] = {dtype: subject.case(dtype) for dtype in dtypes}
             rows += _compare(subject, dtypes, names, cases[subject.name])
-            main_subject = main_subject or subject
-            partial_subject = subject
+            subjects.append(subject)
         # Few tokens for the checkpoint that is made here: the tiny one below generates 64.
         new_tokens = 64 if args.checkpoint else 8
         whole = parity.implementation("blockwise")
@@ -211,7 +217,7 @@ def run_parity(args) -> int:
     )
     caught = []
     for fault in faults.FAULTS:
-        subject = partial_subject if fault.partial else main_subject
+        subject = next(subject for subject in subjects if fault.applies(subject))
         for name in fault.implementations:
             implementation = parity.implementation(name)
             caught.append(faults.catch(fault, subject, cases[subject.name]["float32"], implementation))
@@ -220,9 +226,10 @@ def run_parity(args) -> int:
 
 
 def _subjects(args, folder, problems: list[str]):
-    """What is compared: (subject, dtypes, implementations); the first is the main one, the last rotates
-    partly."""
+    """What is compared: (subject, dtypes, implementations), the checkpoint's own layer first.
 
+    The others see to it that every fault applies to one of them, whatever the checkpoint is.
+    """
     from oracle import checkpoint, parity
     from oracle import llama as reference
 
@@ -236,9 +243,12 @@ def _subjects(args, folder, problems: list[str]):
     later = parity.llama_subject(folder, model, ids, name="llama from 1000", layer=args.layer, first_position=1000)
     yield later, ("float32",), names
     with _tiny() as tiny:
-        ids = np.random.default_rng(0).integers(0, checkpoint.TINY.vocabulary, (1, 12))
-        subject = parity.llama_subject(tiny, checkpoint.load_model(tiny), ids, name="tiny llama")
-    yield subject, ("float32", "bfloat16"), ("loops", "triton")
+        model = checkpoint.load_model(tiny)
+        ids = np.random.default_rng(0).integers(0, checkpoint.TINY.vocabulary, (1, parity.BLOCK + 16))
+        short = parity.llama_subject(tiny, model, ids[:, :12], name="tiny llama")
+        long = parity.llama_subject(tiny, model, ids, name=f"tiny llama, {ids.size} tokens")
+    yield short, ("float32", "bfloat16"), ("loops", "triton")
+    yield long, ("float32",), ("naive", "blockwise")
     yield parity.partial_subject(), ("float32",), ("naive", "blockwise")
 
 
@@ -272,6 +282,7 @@ def _finish(args, rows, caught, problems, start: float) -> int:
             "faults": [
                 {
                     "fault": item.fault.name,
+                    "subject": item.subject,
                     "implementation": item.implementation,
                     "margin": "raised" if math.isinf(item.margin) else item.margin,
                     "first_stage": item.stage,
@@ -317,6 +328,14 @@ class _checkpoint:
 def _check_layer(layer: int, layers: int) -> None:
     if not 0 <= layer < layers:
         raise ValueError(f"--layer {layer} must be from 0 to {layers - 1}: the checkpoint has {layers} layers")
+
+
+def _full_float32() -> None:
+    """TF32 off in torch, whatever was set before; jaxattn's own products ask for full float32 each."""
+    import torch
+
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def _quiet() -> None:

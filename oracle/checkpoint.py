@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pickle
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
@@ -40,6 +40,16 @@ _META_BLOCK = {
     "attention_norm.weight": "input_layernorm.weight",
     "ffn_norm.weight": "post_attention_layernorm.weight",
 }
+# What of params.json is used: sizes that must be there, and numbers that have defaults.
+_META_SIZES = ("dim", "n_heads", "n_layers")
+_META_NUMBERS = (
+    "n_kv_heads",
+    "norm_eps",
+    "max_seq_len",
+    "rope_theta",
+    "rope_scaling_factor",
+    "rope_high_freq_factor",
+)
 # Each head's logits have about this standard deviation; 256 independent logits of it give a median largest
 # probability near 0.5.
 _LOGIT_STD = 5.0
@@ -210,11 +220,12 @@ def find(checkpoint: str | Path) -> Path:
 
 
 def load_model(checkpoint: str | Path, dtype: str = "float32", attention: str = "eager"):
-    """Hugging Face's own model of a checkpoint, in eval mode.
+    """Hugging Face's own model of a checkpoint, in eval mode; of Meta's form too, its tensors renamed.
 
     Args: checkpoint: folder or hub id. dtype: of weights and activations, "auto" for the stored one.
     attention: "eager", "sdpa".
-    Returns: a transformers causal language model. Raises: FileNotFoundError as `find`.
+    Returns: a transformers causal language model. Raises: FileNotFoundError as `find`; ValueError where files
+    are broken or tensors missing.
 
     >>> import tempfile
     >>> load_model(make(tempfile.mkdtemp(), shapes=TINY)).dtype
@@ -222,11 +233,61 @@ def load_model(checkpoint: str | Path, dtype: str = "float32", attention: str = 
     """
     from transformers import AutoModelForCausalLM
 
-    dtypes = _DTYPES | {"float64": torch.float64, "auto": "auto"}
-    model = AutoModelForCausalLM.from_pretrained(
-        find(checkpoint), dtype=dtypes[dtype], attn_implementation=attention, local_files_only=True
-    )
+    folder, dtypes = find(checkpoint), _DTYPES | {"float64": torch.float64, "auto": "auto"}
+    if is_meta(folder):
+        return _load_meta(folder, dtypes[dtype], attention)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtypes[dtype],
+            attn_implementation=attention,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except Exception as error:  # transformers, safetensors and torch each have errors of their own for broken files
+        raise ValueError(f"transformers cannot load {folder}: {_first_line(error)}") from error
+    # transformers would go on with random numbers.
+    lacking = sorted(map(str, info["missing_keys"])) + sorted(str(names[0]) for names in info["mismatched_keys"])
+    if lacking:
+        raise ValueError(f"{folder} lacks these tensors, or has others of their shapes: {', '.join(lacking[:10])}")
     return model.eval()
+
+
+def is_meta(folder: str | Path) -> bool:
+    """Whether a checkpoint folder is in Meta's form: `params.json` without a `config.json`."""
+    folder = Path(folder)
+    return not (folder / "config.json").is_file() and (folder / "params.json").is_file()
+
+
+def _load_meta(folder: Path, dtype: torch.dtype | str, attention: str):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tensors = Meta(folder)
+    if not {"model.embed_tokens.weight", "model.layers.0.mlp.gate_proj.weight"} <= set(tensors):
+        raise ValueError(f"{folder} lacks tok_embeddings.weight or layers.0.feed_forward.w1.weight")
+    config = LlamaConfig.from_dict(tensors.config)
+    config._attn_implementation = attention
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    expected = {name: tuple(x.shape) for name, x in model.state_dict().items()}
+    if config.tie_word_embeddings:
+        del expected["lm_head.weight"]
+    state = {name: to_torch(tensors[name]) for name in tensors}
+    found = {name: tuple(x.shape) for name, x in state.items()}
+    wrong = sorted({name for name, _ in expected.items() ^ found.items()})
+    if wrong:
+        raise ValueError(f"{folder} lacks these tensors, or has others of their shapes: {', '.join(wrong[:10])}")
+    model.load_state_dict(state, strict=False, assign=True)
+    model.tie_weights()
+    # Rebuilt on the CPU: its frequencies are computed when it is made.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    return (model if dtype == "auto" else model.to(dtype)).eval()
+
+
+def _first_line(error: Exception) -> str:
+    """The first line of an error's text with its type, which says the most where there is no text."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def read_pickle(path: str | Path) -> dict[str, np.ndarray]:
@@ -251,9 +312,10 @@ def read_pickle(path: str | Path) -> dict[str, np.ndarray]:
             if "mmap" not in str(error):
                 raise
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} cannot be read as a dict of tensors, and nothing in it was run: {first}") from error
+    except Exception as error:  # a stream of wrong opcodes raises whatever the reader of pickles stumbles over
+        raise ValueError(
+            f"{path} cannot be read as a dict of tensors, and nothing in it was run: {_first_line(error)}"
+        ) from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; it must hold a dict of names and tensors")
     wrong = [
@@ -261,7 +323,10 @@ def read_pickle(path: str | Path) -> dict[str, np.ndarray]:
     ]
     if wrong:
         raise ValueError(f"{path} must hold names with tensors; these entries are none: {', '.join(wrong[:10])}")
-    return {k: to_numpy(v) if isinstance(v, torch.Tensor) else np.float64(v) for k, v in content.items()}
+    try:
+        return {k: to_numpy(v) if isinstance(v, torch.Tensor) else np.float64(v) for k, v in content.items()}
+    except (RuntimeError, TypeError) as error:  # sparse, quantised, without data
+        raise ValueError(f"{path} cannot be read as a dict of plain tensors: {_first_line(error)}") from error
 
 
 def pickles(folder: str | Path) -> list[Path]:
@@ -308,9 +373,20 @@ class Meta(Mapping[str, np.ndarray]):
         folder = Path(folder)
         try:
             params = json.loads((folder / "params.json").read_text())
-            D, N, layers = (int(params[name]) for name in ("dim", "n_heads", "n_layers"))
+            D, N, layers = (params[name] for name in _META_SIZES)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{folder / 'params.json'} does not give dim, n_heads and n_layers: {error!r}") from error
+        wrong = [f"{name}={params[name]!r}" for name in _META_SIZES if not _is_positive(params[name], int)]
+        wrong += [
+            f"{name}={params[name]!r}"
+            for name in _META_NUMBERS
+            if params.get(name) is not None and not _is_positive(params[name], int, float)
+        ]
+        if wrong or D % N:
+            raise ValueError(
+                f"{folder / 'params.json'} must give positive numbers, and dim a multiple of n_heads; "
+                f"it gives {', '.join(wrong) or f'dim={D}, n_heads={N}'}"
+            )
         paths = sorted(folder.glob("consolidated.*.pth"))
         expected = [f"consolidated.{i:02}.pth" for i in range(len(paths))]
         if not paths or [path.name for path in paths] != expected:
@@ -324,6 +400,14 @@ class Meta(Mapping[str, np.ndarray]):
             raise ValueError(f"the shards of {folder} hold different names: {different[:10]}")
         self._head_dim, self._d_model = D // N, D
         self._theirs = {_from_meta(name): name for name in names[0]}
+        wrong = [
+            f"{theirs} {shard[theirs].shape}"
+            for name, theirs in self._theirs.items()
+            for shard in self._shards
+            if name != theirs and shard[theirs].ndim != (1 if name.endswith("norm.weight") else 2)
+        ]
+        if wrong:
+            raise ValueError(f"{folder} holds tensors with a wrong number of axes: {', '.join(wrong[:10])}")
         head, embedding, gate = "lm_head.weight", "model.embed_tokens.weight", "model.layers.0.mlp.gate_proj.weight"
         tied = embedding in self._theirs and head in self._theirs and np.array_equal(self[head], self[embedding])
         if tied:
@@ -374,6 +458,10 @@ class Meta(Mapping[str, np.ndarray]):
 
     def __len__(self) -> int:
         return len(self._theirs)
+
+
+def _is_positive(value, *kinds: type) -> bool:
+    return type(value) in kinds and 0 < value < math.inf
 
 
 def _from_meta(name: str) -> str:

@@ -18,6 +18,7 @@ from oracle.attention import Verdict, judge, rmse
 from oracle.llama import STAGES, Case
 
 _NEARER = 10.0
+_INPUT = ("x", "positions")
 _BLOCKS = (16, 32, 64, 128, 256, 512)
 
 
@@ -33,17 +34,22 @@ class Cause:
 
 @dataclasses.dataclass(frozen=True)
 class Diagnosis:
-    """What differs first, from which position on, and why; `stage` is None where everything agrees."""
+    """What differs first, from which position on, and why; `stage` is None where all that was compared
+    agrees."""
 
     stage: str | None
+    compared: tuple[str, ...]
     verdict: Verdict | None = None
     where: str = ""
     cause: str | None = None
     advice: str = ""
 
     def __str__(self) -> str:
-        if self.stage is None:
+        rest = [stage for stage in STAGES if stage not in self.compared]
+        if self.stage is None and not rest:
             return "every stage agrees"
+        if self.stage is None:
+            return f"{', '.join(self.compared)} agree; not compared: {', '.join(rest)}"
         why = f"it agrees with: {self.cause}. {self.advice}" if self.cause else "none of the usual mistakes explains it"
         return f"{self.stage} differs {self.where} ({self.verdict.reason}); {why}"
 
@@ -63,33 +69,44 @@ def diagnose(case: Case, ours: Mapping[str, np.ndarray], *, theta: float) -> Dia
     unknown = sorted(set(ours) - set(STAGES))
     if unknown or not ours:
         raise ValueError(f"stages must be some of {', '.join(STAGES)}; got {', '.join(unknown) or 'none'}")
-    for stage in STAGES:
-        if stage not in ours:
-            continue
+    compared = tuple(stage for stage in STAGES if stage in ours)
+    for stage in compared:
         verdict = judge(stage, ours[stage], case.targets[stage])
         if not verdict:
             if ours[stage].shape != case.targets[stage].value.shape:
-                return Diagnosis(stage, verdict, "in shape")
+                return Diagnosis(stage, compared, verdict, "in shape")
             observed = np.asarray(ours[stage], np.float64)
             cause = _explain(case, stage, observed, theta)
             where = _where(observed, case, stage)
-            return Diagnosis(stage, verdict, where, cause and cause.name, cause.advice if cause else "")
-    return Diagnosis(None)
+            return Diagnosis(stage, compared, verdict, where, cause and cause.name, cause.advice if cause else "")
+    return Diagnosis(None, compared)
 
 
 def read_dump(path: str | Path) -> dict[str, np.ndarray]:
-    """Stages from an `.npz` file; pickled objects in it are refused.
+    """Stages from an `.npz` file, which may hold the layer's input (x, positions) too, as `write_dump` writes it.
 
-    Raises: FileNotFoundError; ValueError where the file is no npz of plain arrays.
+    Raises: FileNotFoundError; ValueError where the file is no whole npz of plain arrays (pickled objects are
+    refused), where a name is none of `oracle.llama.STAGES`, or an array holds no numbers.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist")
     try:
         with np.load(path, allow_pickle=False) as content:
-            return {name: content[name] for name in content.files if name in STAGES}
-    except (ValueError, OSError, EOFError, AttributeError) as error:
+            arrays = dict(content)
+    except Exception as error:  # zip, zlib and NumPy each have errors of their own for a file that is not whole
         raise ValueError(f"{path} is no .npz of plain arrays: {error}") from error
+    unknown = sorted(set(arrays) - {*STAGES, *_INPUT})
+    if unknown:
+        raise ValueError(
+            f"{path} holds {', '.join(unknown)}; the stages are called {', '.join(STAGES)}, "
+            f"the layer's input {' and '.join(_INPUT)}"
+        )
+    stages = {name: array for name, array in arrays.items() if name not in _INPUT}
+    for name, array in stages.items():
+        if array.dtype.kind not in "fiu":
+            raise ValueError(f"{path}: {name} has dtype {array.dtype}; save it as float32 or float64")
+    return stages
 
 
 def write_dump(path: str | Path, case: Case) -> None:

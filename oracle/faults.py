@@ -29,7 +29,8 @@ LEAST_MARGIN = 10.0
 class Fault:
     """A mistake that can be planted.
 
-    name: also what `oracle.diff` should call it. plant: the context manager. partial: it needs partial RoPE.
+    name: also what `oracle.diff` should call it. plant: the context manager. applies: whether the mistake
+    changes a subject at all; to tile the key/value heads of a layer with as many as query heads is right.
     implementations: those it is run with; what lies before attention is shared by all. raises: the mistake
     must raise an error instead of differing.
     """
@@ -37,7 +38,7 @@ class Fault:
     name: str
     plant: Callable[[], contextlib.AbstractContextManager]
     implementations: tuple[str, ...] = ("naive",)
-    partial: bool = False
+    applies: Callable[[parity.Subject], bool] = lambda subject: True
     raises: bool = False
 
 
@@ -46,10 +47,11 @@ class Caught:
     """What parity said with a fault in place; margin is error / allowed error, infinite where it raised as
     it must.
 
-    stage: the first stage that fails, None where none does.
+    subject: the name of the layer it was planted in. stage: the first stage that fails, None where none does.
     """
 
     fault: Fault
+    subject: str
     implementation: str
     margin: float
     stage: str | None
@@ -60,17 +62,21 @@ class Caught:
     def __str__(self) -> str:
         margin = "raised" if math.isinf(self.margin) else f"{self.margin:.3g}"
         verdict = "caught" if self else f"NOT CAUGHT: the margin must be at least {LEAST_MARGIN:g}"
-        return f"{self.fault.name:<34} {self.implementation:<12} {margin:>9} {self.stage or '-':<14} {verdict}"
+        return (
+            f"{self.fault.name:<34} {self.subject:<22} {self.implementation:<14} {margin:>9} "
+            f"{self.stage or '-':<14} {verdict}"
+        )
 
 
-HEADER = "{:<34} {:<12} {:>9} {:<14} verdict".format("planted fault", "implementation", "margin", "first stage")
+_COLUMNS = ("planted fault", "subject", "implementation", "margin", "first stage")
+HEADER = "{:<34} {:<22} {:<14} {:>9} {:<14} verdict".format(*_COLUMNS)
 
 
 def catch(fault: Fault, subject: parity.Subject, case: Case, implementation: Any) -> Caught:
     """Run parity with the fault planted and say by how much it was caught.
 
-    Args: fault. subject, case: float32; with partial RoPE where the fault needs it. implementation: an
-    object or name.
+    Args: fault. subject, case: float32; a subject to which the fault applies. implementation: an object or
+    name.
     Returns: `Caught`; its margin is the largest over the stages.
     Raises: RuntimeError where the fault left something behind, so that later results would be worth nothing.
     """
@@ -82,14 +88,15 @@ def catch(fault: Fault, subject: parity.Subject, case: Case, implementation: Any
         except ValueError:
             if not fault.raises:
                 raise
-            return Caught(fault, label, math.inf, "load")
+            return Caught(fault, subject.name, label, math.inf, "load")
     if _patchable() != before:
         raise RuntimeError(f"the fault {fault.name!r} was not taken out again")
     if fault.raises:
-        return Caught(fault, label, 0.0, None)
+        return Caught(fault, subject.name, label, 0.0, None)
     verdicts = {stage: judge(stage, ours[stage], case.targets[stage]) for stage in STAGES}
     margin = max(_margin(verdict.rmse, verdict.bound) for verdict in verdicts.values())
-    return Caught(fault, label, margin, next((stage for stage, verdict in verdicts.items() if not verdict), None))
+    first = next((stage for stage, verdict in verdicts.items() if not verdict), None)
+    return Caught(fault, subject.name, label, margin, first)
 
 
 @contextlib.contextmanager
@@ -218,13 +225,40 @@ def full_mha_shapes():
     return _replaced(llama, "load_attention", forgetful)
 
 
+def _shares_kv_heads(subject: parity.Subject) -> bool:
+    return subject.config.n_kv_heads < subject.config.n_heads
+
+
 FAULTS = (
-    Fault("KV heads tiled, not repeated", tiled_kv_heads, implementations=("naive", "blockwise")),
-    Fault("accumulator not rescaled", accumulator_not_rescaled, implementations=("blockwise",)),
-    Fault("no Llama-3 scaling", no_llama3_scaling),
-    Fault("RoPE layout swapped", swapped_rope_layout),
-    Fault("whole head rotated, not a part", whole_head_rotated, partial=True),
-    Fault("mask off by one", mask_off_by_one, implementations=("naive", "blockwise")),
+    Fault(
+        "KV heads tiled, not repeated",
+        tiled_kv_heads,
+        implementations=("naive", "blockwise"),
+        applies=lambda subject: _shares_kv_heads(subject) and subject.config.n_kv_heads > 1,
+    ),
+    Fault(
+        "accumulator not rescaled",
+        accumulator_not_rescaled,
+        implementations=("blockwise",),
+        applies=lambda subject: subject.x.shape[1] > parity.BLOCK,  # with one block of keys nothing is rescaled
+    ),
+    Fault(
+        "no Llama-3 scaling",
+        no_llama3_scaling,
+        applies=lambda subject: isinstance(subject.config.rope.scaling, rope.Llama3),
+    ),
+    Fault("RoPE layout swapped", swapped_rope_layout, applies=lambda subject: subject.config.rope.rotary_dim > 2),
+    Fault(
+        "whole head rotated, not a part",
+        whole_head_rotated,
+        applies=lambda subject: subject.config.rope.rotary_dim < subject.config.head_dim,
+    ),
+    Fault(
+        "mask off by one",
+        mask_off_by_one,
+        implementations=("naive", "blockwise"),
+        applies=lambda subject: subject.x.shape[1] > 1,
+    ),
     Fault("wrong scale", wrong_scale),
-    Fault("full-MHA shapes", full_mha_shapes, raises=True),
+    Fault("full-MHA shapes", full_mha_shapes, applies=_shares_kv_heads, raises=True),
 )

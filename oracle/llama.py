@@ -133,7 +133,8 @@ class WrittenOut(torch.nn.Module):
 
     Args: tensors: Hugging Face's names -> arrays, with `inv_freq` and `attention_scaling`.
 
-    Raises: ValueError where the tensors are not those of a layer, listing what is missing.
+    Raises: ValueError where the tensors are not those of a layer, listing what is missing, or do not fit each
+    other.
     """
 
     def __init__(self, tensors: dict[str, np.ndarray]):
@@ -142,6 +143,12 @@ class WrittenOut(torch.nn.Module):
         missing = [name for name in names if name not in tensors]
         if missing:
             raise ValueError(f"the layer file lacks {', '.join(missing)}; it has {sorted(tensors)}")
+        shapes = {name: np.shape(tensors[name]) for name in names}
+        if not _is_layer(*shapes.values()):
+            raise ValueError(
+                "the layer file's shapes must be q_proj [N H, D], k_proj and v_proj [K H, D], o_proj [D, N H], "
+                f"inv_freq [H / 2], attention_scaling []; they are {shapes}"
+            )
         self.inv_freq = torch.from_numpy(np.asarray(tensors["inv_freq"], np.float32))
         self.attention_scaling = float(tensors["attention_scaling"])
         self.head_dim = 2 * len(self.inv_freq)
@@ -191,6 +198,15 @@ class WrittenOut(torch.nn.Module):
             "output": self.o_proj(context.flatten(2)),
         }
         return {name: to_numpy(y) for name, y in stages.items()}
+
+
+def _is_layer(query, key, value, output, inv_freq, attention_scaling) -> bool:
+    """Whether these shapes are those of one attention layer."""
+    if [len(shape) for shape in (query, key, inv_freq)] != [2, 2, 1] or 0 in (*query, *key, *inv_freq):
+        return False
+    (rows, D), (kv_rows, _), H = query, key, 2 * inv_freq[0]
+    fits = rows % kv_rows == 0 and kv_rows % H == 0
+    return fits and (key, value, output, attention_scaling) == ((kv_rows, D), (kv_rows, D), (D, rows), ())
 
 
 def run_stages(

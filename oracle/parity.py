@@ -7,8 +7,11 @@ cannot fail proves nothing.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -130,7 +133,7 @@ def llama_subject(
     def case(dtype):
         return reference.layer_case(model, x, dtype, layer=layer, positions=positions)
 
-    return Subject(name, llama.LlamaConfig.from_folder(folder), x, case, weights=weights, eager=ids.size <= 16)
+    return Subject(name, checkpoint_config(folder), x, case, weights=weights, eager=ids.size <= 16)
 
 
 def checkpoint_tensors(folder: str | Path) -> Mapping[str, np.ndarray]:
@@ -138,18 +141,28 @@ def checkpoint_tensors(folder: str | Path) -> Mapping[str, np.ndarray]:
     allows it: safetensors by `jaxattn.llama`, PyTorch's pickles and Meta's by `oracle.checkpoint`.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file() and (folder / "params.json").is_file():
+    if checkpoint_.is_meta(folder):
         return checkpoint_.Meta(folder)
     pickles = checkpoint_.pickles(folder)
     return checkpoint_.read_pickles(pickles) if pickles else llama.Safetensors(folder)
 
 
+def checkpoint_config(folder: str | Path) -> llama.LlamaConfig:
+    """The configuration of a checkpoint folder in any form that `checkpoint_tensors` reads."""
+    if checkpoint_.is_meta(folder):
+        return llama.LlamaConfig.from_hf(checkpoint_.Meta(folder).config)
+    return llama.LlamaConfig.from_folder(folder)
+
+
 def convert(source: str | Path, target: str | Path) -> Path:
     """Write a checkpoint as safetensors in our names, with its `config.json`, one tensor at a time.
 
-    Args: source: a folder in any form that `checkpoint_tensors` reads. target: a folder; what is in it stays.
+    Both files are written whole beside their places and then moved there: an error leaves neither.
+
+    Args: source: a folder in any form that `checkpoint_tensors` reads. target: a new or an empty folder.
     Returns: the path of the safetensors file.
-    Raises: ValueError or FileNotFoundError that names what is wrong with the source; nothing is written then.
+    Raises: ValueError or FileNotFoundError that names what is wrong with the source; OSError where it cannot
+    be written.
     """
     source, target = Path(source), Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -160,9 +173,22 @@ def convert(source: str | Path, target: str | Path) -> Path:
     else:
         config = llama.LlamaConfig.from_folder(source)
         text = (source / "config.json").read_text(encoding="utf-8")
-    written = llama.save_converted(target, config, tensors)
-    (target / "config.json").write_text(text, encoding="utf-8")
-    return written
+    made, staging, names = not target.exists(), target / f".convert.{os.getpid()}", ("model.safetensors", "config.json")
+    try:
+        llama.save_converted(staging, config, tensors)
+        (staging / "config.json").write_text(text, encoding="utf-8")
+        for name in names:
+            (staging / name).replace(target / name)
+        staging.rmdir()
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        with contextlib.suppress(OSError):  # the folder was empty: what is there is ours
+            for name in names:
+                (target / name).unlink(missing_ok=True)
+            if made:
+                target.rmdir()
+        raise
+    return target / "model.safetensors"
 
 
 def compare_model(
@@ -180,7 +206,7 @@ def compare_model(
     """
     import torch
 
-    config = llama.LlamaConfig.from_folder(folder)
+    config = checkpoint_config(folder)
     ids = np.random.default_rng(1).integers(0, config.vocab_size, (2, tokens))
     padding = np.array([0, tokens // 4])
     real = np.arange(tokens) >= padding[:, None]

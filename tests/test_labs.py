@@ -1,5 +1,6 @@
 """Each lab at its smallest size: its files, its claim, its errors. Claims of memory and time at full size are slow."""
 
+import argparse
 import itertools
 import json
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from bench import labs
-from bench.labs import anatomy, checkpoint, complexity, flash, gqa, heads, lab, linear, sparse, tasks
+from bench.labs import anatomy, checkpoint, complexity, flash, gqa, heads, lab, linear, sparse, tasks, toy
 from bench.labs.measure import measure, measure_here
 
 
@@ -20,7 +21,7 @@ def in_this_process(monkeypatch):
             counted = profile == "all" or index == len(cases) - 1
             yield measure_here(function, case, 1, counted, save and f"{save}/{index}.npz")
 
-    for module in (checkpoint, complexity, flash, gqa, linear, sparse):
+    for module in (anatomy, checkpoint, complexity, flash, gqa, heads, linear, sparse, toy):
         monkeypatch.setattr(module, "measure", here)
 
 
@@ -64,6 +65,16 @@ def test_wrong_arguments_are_named(argv, words, capsys):
         labs.main(argv)
     assert ended.value.code == 2
     assert words in capsys.readouterr().err
+
+
+def test_tokens_outside_of_the_vocabulary_are_refused(tmp_path, capsys):
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    (tmp_path / "config.json").write_text(json.dumps(sizes | {"vocab_size": 64}))
+    for token in ("64", "-1"):
+        with pytest.raises(SystemExit) as ended:
+            labs.main(["heads", "--checkpoint", str(tmp_path), "--tokens", "3", token])
+        assert ended.value.code == 2
+        assert f"--tokens {token} must be from 0 to 63" in capsys.readouterr().err
 
 
 def test_a_process_of_its_own_measures_and_a_failing_one_says_why():
@@ -122,6 +133,7 @@ def test_exponents_are_those_of_the_definitions(in_this_process, tmp_path):
     assert memory["naive"] == pytest.approx(2, abs=0.15)
     assert memory["linear"] == pytest.approx(1, abs=0.15)
     assert memory["window"] < 1.2
+    assert [claim["holds"] for claim in data["claims"]] == [True, True]
     assert [row["seq"] for row in data["rows"] if row["name"] == "loops"] == [32, 64, 128, 256]
 
 
@@ -145,8 +157,10 @@ def test_linear_forms_agree_and_random_features_converge(in_this_process, tmp_pa
     assert longer["kv"] == 4 * state["kv"]
 
 
-def test_anatomy_masks_the_first_token_s_logits_to_itself(tmp_path):
+def test_anatomy_masks_the_first_token_s_logits_to_itself(in_this_process, tmp_path, capsys):
     data = run(tmp_path, "anatomy")
+    assert data["cost"]["compulsory_bytes"] == 4 * 4 * 4 * 2 * 8  # q, k, v and output, once
+    assert_costs_are_shown([data["cost"]], capsys.readouterr().out)
     assert data["first_row"]["logits"] == [2.1, 3.5, 1.8, 2.9]
     assert data["first_row"]["masked"] == [1, 0, 0, 0]
     assert sum(data["first_row"]["unmasked"]) == pytest.approx(1)
@@ -154,7 +168,68 @@ def test_anatomy_masks_the_first_token_s_logits_to_itself(tmp_path):
     assert len(data["patterns"]) >= 12
 
 
-def test_a_false_claim_gives_exit_code_1(monkeypatch, tmp_path, capsys):
+def assert_costs_are_shown(costs, printed):
+    for row in costs:
+        shown = next(line for line in printed.splitlines() if line.strip().startswith(row["name"]) and " ms " in line)
+        assert lab.mebibytes(row["requested_bytes"]) in shown
+        assert lab.mebibytes(row["rss_bytes"]) in shown
+        assert lab.milliseconds(row["time_s"]) in shown
+        assert row["requested_bytes"] >= row["compulsory_bytes"] > 0
+        assert row["unknown"] == []
+
+
+def test_toy_measures_a_step_and_learns_in_a_few(in_this_process, tmp_path, capsys):
+    data = run(tmp_path, "toy", "--task", "sort", "--steps", 3, "--length", 2, "--variant", "window")
+    printed = capsys.readouterr().out
+    [row] = data["rows"]
+    assert (row["task"], row["variant"], len(row["losses"])) == ("sort", "window", 3)
+    assert_costs_are_shown([data["cost"]], printed)
+    assert "worse" not in printed  # nothing lies outside the window
+
+
+def toy_row(variant, near, far):
+    by_distance = {"3": near, "14": near, "15": far, "17": far}  # two layers of a window of 8 reach 14 back
+    return {"task": "recall", "variant": variant, "accuracy": (near + far) / 2, "by_distance": by_distance}
+
+
+@pytest.mark.parametrize(
+    ("window", "mha", "holds", "lost"),
+    [((0.9, 0.4), (1, 1), True, True), ((0.4, 0.4), (1, 1), False, False), ((0.9, 0.4), (1, 0.5), False, True)],
+)
+def test_toy_says_that_a_window_loses_where_far_answers_are_worse_than_near_ones(window, mha, holds, lost):
+    rows = [toy_row("MHA", *mha), toy_row("window", *window)]
+    [claim] = [claim for claim in toy.claims(rows, []) if "a window answers worse" in claim["text"]]
+    assert claim["holds"] == holds
+    assert ("window from 15 tokens back on" in toy.see({"rows": rows})[0]) == lost
+
+
+def test_gqa_says_that_the_task_is_learnt_only_where_it_is():
+    def row(accuracy, quality=True):
+        costs = {"cache_bytes": 1, "prefill": {"time_s": 1}, "decode": {"compulsory_bytes": 1}}
+        return {"name": "MHA", "kv_heads": 1, **costs} | ({"quality": {"accuracy": accuracy}} if quality else {})
+
+    for rows, words in (
+        ([row(1.0)] * 3, "learnt with any"),
+        ([row(0.5)] * 3, "accuracy on the toy task: MHA 0.500"),
+        ([row(0, quality=False)] * 3, None),
+    ):
+        said = gqa.see({"rows": rows})[1]
+        assert words is None or words in said
+        assert ("learnt" in said) == (words == "learnt with any")
+        claims = [claim["holds"] for claim in gqa.claims(rows, [1] * 3) if "learn to copy" in claim["text"]]
+        assert claims == ([] if words is None else ["learnt" in words])
+
+
+def test_complexity_claims_the_exponents_and_a_wrong_one_is_false():
+    options = argparse.Namespace(seq=4096, d=64)
+    right = {"naive": {"memory": 1.98}, "window": {"memory": 0.88}, "linear": {"memory": 1.0}}
+    assert [claim["holds"] for claim in complexity.claims(right, options)] == [True, True]
+    wrong = right | {"naive": {"memory": 1.5}, "linear": {"memory": 1.4}}
+    assert [claim["holds"] for claim in complexity.claims(wrong, options)] == [False, False]
+    assert complexity.claims(wrong, argparse.Namespace(seq=128, d=64)) == []
+
+
+def test_a_false_claim_gives_exit_code_1(in_this_process, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(anatomy, "first_row", lambda: np.full(4, 0.25))
     run(tmp_path, "anatomy", code=1)
     assert "NOT SEEN HERE: the first of four tokens" in capsys.readouterr().out
@@ -188,8 +263,9 @@ def test_losses_are_equal_between_implementations_and_with_checkpointing():
     assert losses[0][-1] < 0.9 * losses[0][0]
 
 
-def test_heads_learns_its_task_and_hotter_softmax_has_more_entropy(tmp_path):
+def test_heads_learns_its_task_and_hotter_softmax_has_more_entropy(in_this_process, tmp_path, capsys):
     data = run(tmp_path, "heads", "--length", 4, "--steps", 120)
+    assert_costs_are_shown([data["cost"]], capsys.readouterr().out)
     assert data["accuracy"] >= 0.98
     assert len(data["heads"]) == 16
     assert list(data["temperatures"].values()) == sorted(data["temperatures"].values())

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from tolerance import assert_close
 
+from jaxattn import profiler
 from jaxattn.linear import Cosine, EluPlusOne, PositiveRandomFeatures, initial_state, linear_attention
 
 B, T, N, K, H, HV = 2, 13, 4, 2, 8, 5
@@ -137,12 +138,21 @@ def test_cosine_weighs_near_tokens_more_and_never_negatively():
     assert np.all(np.diff(weights[0]) < 0)
 
 
-def test_time_and_memory_are_linear_in_length():
+def causal(T):
+    q = jax.ShapeDtypeStruct((1, T, 2, 16), "float32")
+    return lambda q, k, v: linear_attention(q, k, v, feature_map=EluPlusOne(), is_causal=True), (q, q, q)
+
+
+def test_operations_are_linear_in_length():
+    short, long = (profiler.profile(f, *operands).flops for f, operands in map(causal, (1024, 2048)))
+    assert 1.9 * short <= long <= 2.1 * short
+    assert long > 2048 * 2 * 4 * 16 * 16  # the state is added to and read, for each token and head
+
+
+def test_memory_is_linear_in_length():
     def cost(T):
-        q = jax.ShapeDtypeStruct((1, T, 2, 16), "float32")
-        f = jax.jit(lambda q, k, v: linear_attention(q, k, v, feature_map=EluPlusOne(), is_causal=True))
-        program = f.lower(q, q, q).compile()
-        return program.memory_analysis().temp_size_in_bytes
+        f, operands = causal(T)
+        return jax.jit(f).lower(*operands).compile().memory_analysis().temp_size_in_bytes
 
     short, middle, long = (cost(T) for T in (4096, 8192, 16384))
     assert long - middle <= 2.1 * (middle - short)

@@ -5,6 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from tolerance import assert_close
@@ -68,6 +69,8 @@ def written_out(layer, x, positions):
                 a, b = y[..., : R // 2].copy(), y[..., R // 2 : R].copy()
                 y[..., : R // 2], y[..., R // 2 : R] = a * cos - b * sin, b * cos + a * sin
         scores = q @ k.swapaxes(1, 2) * (H**-0.5 if layer.scale is None else layer.scale)
+        if layer.logits_soft_cap is not None:
+            scores = layer.logits_soft_cap * np.tanh(scores / layer.logits_soft_cap)
         scores = np.where(np.asarray(layer.mask.to_array(*scores.shape[1:])), scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         out += weights / weights.sum(-1, keepdims=True) @ v @ wo[n]
@@ -84,6 +87,7 @@ CONFIGURATIONS = {
     "no rope, not causal": dict(rope=None, mask=Full()),
     "partial rope, window": dict(rope=rope.RopeConfig(8, rotary_dim=4), mask=Causal() & Window(3, None)),
     "scale": dict(scale=0.7),
+    "soft cap": dict(scale=0.7, logits_soft_cap=1.5),
 }
 
 
@@ -249,3 +253,34 @@ def test_generation_from_left_padded_prompts_is_that_of_each_prompt_alone():
     alone = nn.generate(lm, jnp.array([[7, 8]]), 5)
     together = nn.generate(lm, jnp.array([[1, 2, 3, 4], [0, 0, 7, 8]]), 5, padding=jnp.array([0, 2]))
     np.testing.assert_array_equal(together[1], alone[0])
+
+
+def test_a_rematerialised_block_is_trained_by_nnx_s_own_tools():
+    def make():
+        rngs = nnx.Rngs(0)
+        norms = [nn.RMSNorm(32, rngs=rngs) for _ in range(2)]
+        mlp = nn.GatedMLP(32, 8, kernel_init=numpy_normal, rngs=rngs)
+        return nn.Block(attention(), mlp, *norms)
+
+    def train(forward):
+        block = make()
+        optimizer = nnx.Optimizer(block, optax.sgd(0.1), wrt=nnx.Param)
+
+        @nnx.jit
+        def step(block, optimizer):
+            loss, gradients = nnx.value_and_grad(lambda block: jnp.mean(forward(block, inputs()) ** 2))(block)
+            optimizer.update(block, gradients)
+            return loss
+
+        losses = [float(step(block, optimizer)) for _ in range(3)]
+        return losses, jax.tree.leaves(nnx.state(block, nnx.Param))
+
+    losses, plain = train(lambda block, x: block(x))
+    again, remat = train(nnx.remat(lambda block, x: block(x)))
+    assert losses[2] < losses[1] < losses[0]
+    assert again == pytest.approx(losses, rel=1e-6)
+    assert len(plain) == 9
+    start = jax.tree.leaves(nnx.state(make(), nnx.Param))
+    assert all(np.abs(now - before).max() > 0 for now, before in zip(plain, start, strict=True))
+    for ours, expected in zip(remat, plain, strict=True):
+        assert_close(ours, expected, "gradient")

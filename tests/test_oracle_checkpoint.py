@@ -1,6 +1,7 @@
 """Made checkpoints, and pickles that are broken or hostile."""
 
 import dataclasses
+import io
 import pickle
 
 import numpy as np
@@ -78,12 +79,27 @@ def test_a_pickle_with_code_is_refused_and_nothing_is_run(tmp_path):
     assert not witness.exists()
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "text"])
+DAMAGE = {
+    "truncated": lambda content: content[: len(content) // 2],
+    "empty": lambda content: b"",
+    "text": lambda content: b"hello",
+    "pop of an empty stack": lambda content: b"\x80\x02.",
+    "memo of an empty stack": lambda content: b"\x80\x02q\x00.",
+    "sparse": lambda content: sparse(),
+}
+
+
+def sparse():
+    file = io.BytesIO()
+    torch.save({"a": torch.ones(2, 2).to_sparse()}, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_a_broken_pickle_gives_one_error_that_names_it(tmp_path, damage):
     path = tmp_path / "pytorch_model.bin"
     checkpoint.write_pickle(path, {"a": np.ones(1000)})
-    content = path.read_bytes()
-    path.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "text": b"hello"}[damage])
+    path.write_bytes(DAMAGE[damage](path.read_bytes()))
     with pytest.raises(ValueError, match=r"pytorch_model\.bin cannot be read"):
         checkpoint.read_pickle(path)
 

@@ -3,7 +3,9 @@ fails."""
 
 import dataclasses
 import json
+import re
 import tracemalloc
+from pathlib import Path
 
 import ml_dtypes
 import numpy as np
@@ -188,7 +190,29 @@ def test_an_error_while_writing_leaves_no_file(tmp_path, monkeypatch):
     monkeypatch.setattr(llama, "convert", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError, match="disk full"):
         parity.convert(source, tmp_path / "out")
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_an_error_while_writing_the_configuration_leaves_no_file(tmp_path, monkeypatch, capsys, there):
+    source, out, write = checkpoint.make(tmp_path / "in", shapes=checkpoint.TINY), tmp_path / "out", Path.write_text
+    if there:
+        out.mkdir()
+
+    def full(path, *args, **options):
+        if path.name == "config.json":
+            path.write_bytes(b"{")
+            raise OSError("disk full")
+        return write(path, *args, **options)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert command.main(["convert", str(source), str(out)]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: disk full"
+    assert out.exists() == there
+    assert list(tmp_path.rglob("out/*")) == []
+    monkeypatch.undo()
+    assert command.main(["convert", str(source), str(out)]) == 0
+    assert {path.name for path in out.iterdir()} == {"config.json", "model.safetensors"}
 
 
 def test_what_is_there_already_is_not_overwritten(tmp_path, capsys):
@@ -204,6 +228,10 @@ def test_what_is_there_already_is_not_overwritten(tmp_path, capsys):
     [
         (lambda folder: (folder / "consolidated.00.pth").unlink(), "without gaps"),
         (lambda folder: (folder / "params.json").write_text('{"dim": 32}'), "does not give dim, n_heads and n_layers"),
+        (lambda folder: change_params(folder, n_heads=0), "must give positive numbers, .* n_heads=0"),
+        (lambda folder: change_params(folder, n_heads=5), "dim a multiple of n_heads; it gives dim=32, n_heads=5"),
+        (lambda folder: change_params(folder, dim="32", norm_eps=[1]), r"dim='32', norm_eps=\[1\]"),
+        (lambda folder: change_tensor(folder, "layers.0.attention.wq.weight"), "wrong number of axes: layers.0.att"),
         (lambda folder: (folder / "consolidated.01.pth").write_bytes(b"x"), "cannot be read"),
         (lambda folder: checkpoint.write_pickle(folder / "consolidated.01.pth", {"a": np.ones(1)}), "different names"),
     ],
@@ -212,5 +240,71 @@ def test_an_unsound_checkpoint_of_meta_s_is_named(tmp_path, capsys, spoil, words
     folder = write_meta(tmp_path / "meta", checkpoint.make(tmp_path / "hf", shapes=SQUARE), 2)
     spoil(folder)
     assert command.main(["convert", str(folder), str(tmp_path / "out")]) == 2
-    assert words in capsys.readouterr().err
+    assert re.search(words, capsys.readouterr().err)
     assert not (tmp_path / "out").exists()
+
+
+def change_params(folder, **changes):
+    path = folder / "params.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def change_tensor(folder, name):
+    for path in folder.glob("*.pth"):
+        tensors = checkpoint.read_pickle(path)
+        checkpoint.write_pickle(path, tensors | {name: tensors[name].reshape(-1)})
+
+
+@pytest.fixture(scope="module")
+def in_both_forms(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("forms")
+    source = checkpoint.make(folder / "hf", shapes=dataclasses.replace(SQUARE, layers=1), dtype="float32")
+    return source, write_meta(folder / "meta", source, 2, output=np.array)
+
+
+def test_meta_s_form_gives_hugging_face_s_model(in_both_forms):
+    theirs, ours = (checkpoint.load_model(folder, "auto") for folder in in_both_forms)
+    expected, found = theirs.state_dict(), ours.state_dict()
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert torch.equal(ours.model.rotary_emb.inv_freq, theirs.model.rotary_emb.inv_freq)
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
+    assert ours.config._attn_implementation == "eager"
+
+
+def test_every_command_reads_meta_s_form(in_both_forms, tmp_path, capsys):
+    meta = str(in_both_forms[1])
+    assert command.main(["diff", "--checkpoint", meta, "--tokens", "20"]) == 0
+    assert "every stage agrees" in capsys.readouterr().out
+    assert command.main(["generate", "--checkpoint", meta, "--new-tokens", "3"]) == 0
+    files = [tmp_path / name for name in ("hf.pt", "meta.pt")]
+    for folder, file in zip(in_both_forms, files, strict=True):
+        assert command.main(["extract", "--checkpoint", str(folder), "--out", str(file)]) == 0
+    one, other = map(checkpoint.read_pickle, files)
+    assert one.keys() == other.keys()
+    assert all(np.array_equal(one[name], other[name]) for name in one)
+
+
+def spoil_lacking(folder):
+    rewrite(folder, lambda tensors: tensors.pop("model.layers.0.self_attn.q_proj.weight"))
+
+
+def spoil_heads(folder):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_attention_heads": 0}))
+
+
+@pytest.mark.parametrize(
+    "spoil", [spoil_truncated_shard, spoil_missing_shard, spoil_config, spoil_heads, spoil_lacking]
+)
+@pytest.mark.parametrize("name", ["parity", "generate", "diff", "extract"])
+def test_every_command_says_in_one_line_what_is_wrong_with_a_checkpoint(tmp_path, capsys, name, spoil):
+    source = checkpoint.make(tmp_path / "in", shapes=checkpoint.TINY, form="sharded")
+    spoil(source)
+    arguments = {"parity": [], "extract": ["extract", "--out", str(tmp_path / "layer.pt")]}.get(name, [name])
+    capsys.readouterr()
+    assert command.main([*arguments, "--checkpoint", str(source)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert len(error.splitlines()) == 1
+    assert not (tmp_path / "layer.pt").exists()

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -38,7 +39,7 @@ def right(case):
 
 @pytest.mark.parametrize("fault", [f for f in FAULTS if not f.raises], ids=lambda fault: fault.name)
 def test_every_planted_fault_is_named(subject, case, fault):
-    if fault.partial:
+    if not fault.applies(subject):
         subject = parity.partial_subject()
         case = subject.case("float32")
     with faults.planted(fault):
@@ -161,5 +162,30 @@ def test_the_command_compares_a_dump_of_other_code(folder, tmp_path, capsys):
     np.savez(ours, **{name: stages[name] for name in ("query", "key")}, rotated_key=stages["key"])
     assert command.main([*common, "--ours", str(ours)]) == 1
     assert "rotated_key differs from position 1 on" in capsys.readouterr().out
+    np.savez(ours, key=stages["key"], x=stages["x"], positions=stages["positions"])
+    assert command.main([*common, "--ours", str(ours)]) == 0
+    printed = capsys.readouterr().out
+    assert "compared: key\n" in printed
+    assert "every stage agrees" not in printed
+    assert "key agree; not compared: query, value, rotated_query," in printed
     np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
     assert command.main([*common, "--ours", str(tmp_path / "objects.npy")]) == 2
+
+
+def test_a_name_that_is_no_stage_is_refused_and_the_right_ones_are_listed(tmp_path):
+    path = tmp_path / "ours.npz"
+    np.savez(path, rotated_keys=np.ones(3), key=np.ones(3))
+    with pytest.raises(ValueError, match=r"holds rotated_keys; the stages are called query, key, .*output"):
+        diff.read_dump(path)
+    np.savez(path, key=np.ones(3, ml_dtypes.bfloat16))
+    with pytest.raises(ValueError, match=r"key has dtype .*; save it as float32"):
+        diff.read_dump(path)
+
+
+@pytest.mark.parametrize("keep", [0, 20, 300, -30])
+def test_a_file_that_is_not_whole_is_no_npz(tmp_path, keep):
+    path = tmp_path / "ours.npz"
+    np.savez(path, key=np.random.default_rng(0).normal(size=100))
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"ours\.npz is no \.npz of plain arrays"):
+        diff.read_dump(path)

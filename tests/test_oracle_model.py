@@ -23,8 +23,10 @@ def test_logits_and_64_greedy_tokens_of_a_left_padded_batch_are_hugging_face_s(f
 
 
 @pytest.mark.parametrize("name", ["triton", "loops"])
-def test_slow_implementations_agree_on_a_short_run(folder, name):
-    rows = parity.compare_model(folder, "tiny", "float32", parity.implementation(name), tokens=4, new_tokens=4)
+def test_slow_implementations_give_the_same_64_greedy_tokens(tmp_path, name):
+    shapes = checkpoint.Shapes(layers=1, vocabulary=32, d_model=16, heads=2, kv_heads=1, head_dim=8, mlp=16)
+    folder = checkpoint.make(tmp_path, shapes=shapes)
+    rows = parity.compare_model(folder, "tiny", "float32", parity.implementation(name), tokens=4)
     assert all(row.verdict for row in rows), "\n".join(map(str, rows))
 
 
@@ -47,6 +49,15 @@ def test_a_wrong_rotation_fails_the_comparison(folder, monkeypatch):
     monkeypatch.setattr(rope, "_llama3", lambda inv_freq, scaling: inv_freq * 0.9)
     logits, _ = parity.compare_model(folder, "tiny", "float32", "naive", tokens=8, new_tokens=2)
     assert not logits.verdict
+
+
+def test_one_wrong_token_fails_the_comparison(folder, monkeypatch):
+    generate = nn.generate
+    monkeypatch.setattr(nn, "generate", lambda *args, **options: generate(*args, **options).at[1, 2].add(1))
+    logits, tokens = parity.compare_model(folder, "tiny", "float32", "naive", tokens=8, new_tokens=4)
+    assert logits.verdict
+    assert not tokens.verdict
+    assert tokens.verdict.reason == "1 tokens differ; the first at step 2"
 
 
 def test_generate_prints_both_and_fails_where_they_differ(folder, capsys, monkeypatch):

@@ -65,7 +65,7 @@ PLANTED = [(fault, name) for fault in FAULTS for name in fault.implementations]
 
 @pytest.mark.parametrize(("fault", "name"), PLANTED, ids=[f"{fault.name}-{name}" for fault, name in PLANTED])
 def test_a_planted_fault_is_caught_with_a_margin_of_ten_and_taken_out_again(subject, partial, cases, fault, name):
-    where = partial if fault.partial else subject
+    where = next(s for s in (subject, partial) if fault.applies(s))
     before = faults._patchable()
     caught = faults.catch(fault, where, cases[where.name], parity.implementation(name))
     assert caught.margin >= 10, caught
@@ -110,6 +110,25 @@ def test_a_written_out_layer_is_hugging_face_s(layer_file, subject, cases):
         np.testing.assert_allclose(case.targets[stage].value, target.value, atol=1e-13)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"inv_freq": np.float32(1)},
+        {"inv_freq": np.ones(0, np.float32)},
+        {"inv_freq": np.ones(7, np.float32)},
+        {"k_proj.weight": np.ones(32, np.float32)},
+        {"v_proj.weight": np.ones((16, 32), np.float32)},
+        {"o_proj.weight": np.ones((64, 32), np.float32)},
+        {"attention_scaling": np.ones(2, np.float32)},
+    ],
+)
+def test_a_layer_file_whose_tensors_do_not_fit_each_other_is_refused(layer_file, tmp_path, capsys, change):
+    path = tmp_path / "layer.pt"
+    checkpoint.write_pickle(path, checkpoint.read_pickle(layer_file) | change)
+    assert command.main(["--layer-file", str(path), "--tokens", "8"]) == 2
+    assert "error: the layer file's shapes must be q_proj [N H, D]" in capsys.readouterr().err
+
+
 def test_a_layer_file_is_compared_without_transformers(layer_file):
     program = (
         "import sys; sys.modules['transformers'] = None\n"
@@ -124,9 +143,13 @@ def test_a_layer_file_is_compared_without_transformers(layer_file):
 def test_the_command_fails_while_a_fault_is_in_place_and_writes_json(layer_file, tmp_path, capsys):
     out = tmp_path / "parity.json"
     arguments = ["--layer-file", str(layer_file), "--tokens", "20", "--json", str(out)]
+    torch.set_float32_matmul_precision("high")
     with faults.planted(next(fault for fault in FAULTS if fault.name == "wrong scale")):
         assert command.main(arguments) == 1
-    assert "FAIL" in capsys.readouterr().out
+    assert torch.get_float32_matmul_precision() == "highest"  # as the output says
+    printed = capsys.readouterr().out
+    assert "TF32 off on both sides" in printed
+    assert "FAIL" in printed
     rows = json.loads(out.read_text())["rows"]
     failed = {row["stage"] for row in rows if row["dtype"] == "float32" and not row["passes"]}
     assert failed == {"log_sum_exp", "context", "output", "vs torch layer"}

@@ -6,6 +6,7 @@ Design fact: each step is a line of NumPy that a reader can redo by hand; the la
 from __future__ import annotations
 
 import argparse
+import functools
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 import jaxattn
 from bench import masks
 from bench.labs import lab
+from bench.labs.measure import measure
 
 LOGITS = (2.1, 3.5, 1.8, 2.9)
 AGREE = 1e-6
@@ -29,6 +31,14 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError(f"--seq {options.seq} must be at most 16: its weights are printed")
 
 
+def program(name: str, seq: int, d: int, heads: int, seed: int):
+    return functools.partial(jaxattn.dot_product_attention, is_causal=True), inputs(seq, d, heads, seed)
+
+
+def inputs(seq: int, d: int, heads: int, seed: int) -> tuple[np.ndarray, ...]:
+    return tuple(np.random.default_rng(seed).standard_normal((3, 1, seq, heads, d), np.float32))
+
+
 def softmax(logits: np.ndarray) -> np.ndarray:
     """exp(x) / sum exp(x) over the last axis, the largest taken off first."""
     weights = np.exp(logits - logits.max(-1, keepdims=True))
@@ -36,8 +46,10 @@ def softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def run(options: argparse.Namespace) -> dict:
-    T, N, H = options.seq, options.heads, options.d
-    query, key, value = np.random.default_rng(options.seed).standard_normal((3, 1, T, N, H), np.float32)
+    T, H = options.seq, options.d
+    shared = {name: getattr(options, name) for name in ("seq", "d", "heads", "seed")}
+    [cost] = measure("bench.labs.anatomy:program", [{"name": "dot_product_attention", **shared}])
+    query, key, value = inputs(**shared)
     scores = np.einsum("btnh,bsnh->bnts", query, key)
     scaled = scores / np.sqrt(H)
     masked = np.where(np.tri(T, dtype=bool), scaled, -np.inf)
@@ -68,6 +80,7 @@ def run(options: argparse.Namespace) -> dict:
         "row_sums": sums[0].tolist(),
         "first_row": {"logits": list(LOGITS), "unmasked": softmax(np.array(LOGITS)).tolist(), "masked": row.tolist()},
         "patterns": patterns,
+        "cost": cost,
         "claims": [
             {
                 "text": "every row of weights sums to 1",
@@ -103,6 +116,7 @@ def tables(data: dict):
     ]
     columns = ["head 0", *(f"key {s}" for s in range(len(rows))), "row sum"]
     yield lab.table("causal weights", columns, rows)
+    yield lab.cost_table("all of it by the library, in a process of its own", [data["cost"]])
     first = data["first_row"]
     rows = [
         ["logits", *(f"{x:g}" for x in first["logits"])],

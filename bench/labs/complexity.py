@@ -17,6 +17,8 @@ KINDS = ("loops", "naive", "blockwise", "window", "linear")
 DOUBLINGS = 3
 FITTED = 3  # the longest lengths: there what grows fastest outweighs what a call costs anyway
 
+NEAR = 0.25  # how far a fitted exponent may lie from the one that is claimed
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seq", type=lab.positive, default=4096, help=f"longest length; {DOUBLINGS} halvings before")
@@ -48,7 +50,27 @@ def run(options: argparse.Namespace) -> dict:
             for case in cases:
                 steps.start(f"{kind}, length {case['seq']}")
                 rows.append(next(found))
-    return {"rows": rows, "exponents": {kind: exponents(of(kind, rows)) for kind in KINDS}}
+    fitted = {kind: exponents(of(kind, rows)) for kind in KINDS}
+    return {"rows": rows, "exponents": fitted, "claims": claims(fitted, options)}
+
+
+def claims(fitted: dict[str, dict[str, float]], options: argparse.Namespace) -> list[dict]:
+    """The exponents of memory; none where inputs and outputs are larger than a tile or a matrix of scores."""
+    if options.seq >> (FITTED - 1) < 2 * options.d:
+        return []
+    found = {kind: f"n^{fitted[kind]['memory']:.2f}" for kind in ("naive", "window", "linear")}
+    return [
+        {
+            "text": "the memory of naive attention grows as the square of the length",
+            "holds": abs(fitted["naive"]["memory"] - 2) <= NEAR,
+            "found": found["naive"],
+        },
+        {
+            "text": "that of a window and of linear attention at most as the length",
+            "holds": all(fitted[kind]["memory"] <= 1 + NEAR for kind in ("window", "linear")),
+            "found": f"{found['window']} and {found['linear']}",
+        },
+    ]
 
 
 def of(kind: str, rows: list[dict]) -> list[dict]:

@@ -20,6 +20,7 @@ from bench.labs import lab, tasks
 from bench.labs.measure import measure
 from jaxattn import dot_product_attention, nn
 
+GOOD = 0.98  # accuracy of what has learnt the toy task
 PHASES = {"prefill": "all tokens attend", "decode": "one token attends to all before it"}
 
 
@@ -92,6 +93,20 @@ def learn(row: dict, options: argparse.Namespace, progress) -> tasks.Trained:
     return tasks.train("copy", variant, **sizes, seed=options.seed, progress=progress)
 
 
+def learnt(rows: list[dict]) -> list[dict]:
+    """The claim about accuracy, where there was training."""
+    scores = {row["name"]: row["quality"]["accuracy"] for row in rows if "quality" in row}
+    if not scores:
+        return []
+    return [
+        {
+            "text": f"{', '.join(scores)} learn to copy: accuracy at least {GOOD}",
+            "holds": min(scores.values()) >= GOOD,
+            "found": ", ".join(f"{name} {score:.3f}" for name, score in scores.items()),
+        }
+    ]
+
+
 def claims(rows: list[dict], formula: list[int]) -> list[dict]:
     measured = [row["cache_bytes"] for row in rows]
     asked = [row["decode"]["compulsory_bytes"] for row in rows]
@@ -106,6 +121,7 @@ def claims(rows: list[dict], formula: list[int]) -> list[dict]:
             "holds": asked == sorted(asked, reverse=True) and (asked[0] > asked[-1] or rows[0]["kv_heads"] == 1),
             "found": ", ".join(map(lab.mebibytes, asked)),
         },
+        *learnt(rows),
     ]
 
 
@@ -180,9 +196,14 @@ def draw(data: dict, path: Path) -> Path:
 def see(data: dict) -> tuple[str, str]:
     all_heads, _, one = data["rows"]
     prefill = [row["prefill"]["time_s"] for row in (all_heads, one)]
+    quality = learnt(data["rows"])
+    end = "."
+    if quality:
+        end = f"; accuracy on the toy task: {quality[0]['found']}."
+        if quality[0]["holds"]:
+            end = "; the toy task is learnt with any number of them."
     return (
         f"the cache shrinks from {lab.mebibytes(all_heads['cache_bytes'])} to {lab.mebibytes(one['cache_bytes'])}, and "
         "with it what each decoded token must read.",
-        f"prefill does the same arithmetic for all: {lab.milliseconds(prefill[0])} and {lab.milliseconds(prefill[1])}; "
-        "the toy task is learnt with either.",
+        f"prefill does the same arithmetic for all: {' and '.join(map(lab.milliseconds, prefill))}{end}",
     )

@@ -15,12 +15,15 @@ import numpy as np
 from flax import nnx
 
 from bench.labs import lab, tasks
+from bench.labs.measure import measure
+from bench.labs.model import first_parameters
 from bench.labs.tasks import VARIANTS
-from jaxattn import attention_weights
+from jaxattn import attention_weights, llama
 
 TEMPERATURES = (0.25, 0.5, 1.0, 2.0, 4.0)
 MOST_SHARES = (1, 2, 4, 8)
 MOST_TOKENS = 256
+SIZES = {"d": 64, "layers": 2}
 MOST_LAYERS, MOST_HEADS = 4, 8  # drawn
 
 
@@ -39,27 +42,33 @@ def check(options: argparse.Namespace) -> None:
         raise ValueError("--tokens goes with --checkpoint: the toy task makes its own")
     if options.checkpoint and not (options.checkpoint / "config.json").is_file():
         raise ValueError(f"--checkpoint {options.checkpoint}: no config.json in it")
+    if options.tokens and options.checkpoint:
+        vocabulary = llama.LlamaConfig.from_folder(options.checkpoint).vocab_size
+        wrong = [token for token in options.tokens if not 0 <= token < vocabulary]
+        if wrong:
+            raise ValueError(f"--tokens {wrong[0]} must be from 0 to {vocabulary - 1}, the checkpoint's vocabulary")
     if options.tokens and len(options.tokens) > MOST_TOKENS:
         raise ValueError(f"--tokens: {len(options.tokens)} of them; at most {MOST_TOKENS} can be drawn")
 
 
 def run(options: argparse.Namespace) -> dict:
-    with lab.Steps(2) as steps:
+    with lab.Steps(3) as steps:
         steps.start("loading the checkpoint" if options.checkpoint else f"learning to {options.task}")
         if options.checkpoint:
-            from jaxattn import llama
-
-            config = llama.LlamaConfig.from_folder(options.checkpoint)
-            graph, parameters = nnx.split(llama.load(config, llama.Safetensors(options.checkpoint)))
-            tokens = np.array(options.tokens or range(32), np.int32)
+            graph, parameters = loaded(options.checkpoint)
+            tokens = np.array(options.tokens or range(min(32, parameters["embedding"].shape[0])), np.int32)
             accuracy = None
         else:
-            sizes = {"d": 64, "layers": 2, "batch": 32, "steps": options.steps, "length": options.length}
+            sizes = SIZES | {"batch": 32, "steps": options.steps, "length": options.length}
             trained = tasks.train(options.task, VARIANTS["MHA"], **sizes, seed=options.seed, progress=steps.part)
             graph, parameters, accuracy = trained.graph, trained.parameters, trained.accuracy
             tokens = tasks.examples(options.task, 1, options.length, options.seed + 1).tokens[0]
         steps.start("looking at its heads")
         weights, entropies = look(graph, parameters, tokens)
+        steps.start("the model on these tokens, measured")
+        case = {"name": "logits of these tokens", "tokens": tokens.tolist(), "seed": options.seed}
+        case["checkpoint"] = str(options.checkpoint) if options.checkpoint else None
+        [cost] = measure("bench.labs.heads:program", [case])
     heads = [
         {"layer": layer, "head": head, **measures(weights[layer, head])}
         for layer, head in np.ndindex(weights.shape[:2])
@@ -71,8 +80,24 @@ def run(options: argparse.Namespace) -> dict:
         "heads": heads,
         "temperatures": dict(zip(map(str, TEMPERATURES), entropies, strict=True)),
         "weights": np.round(drawn, 4).tolist(),
+        "cost": cost,
         "claims": claims(weights, entropies),
     }
+
+
+def program(name: str, tokens: list[int], checkpoint: str | None, seed: int):
+    """The model's logits for one sequence; the toy model with weights as they were before training."""
+    if checkpoint:
+        graph, parameters = loaded(Path(checkpoint))
+    else:
+        graph, shapes = tasks.graph_of(VARIANTS["MHA"], **SIZES)
+        parameters = first_parameters(shapes, seed)
+    arguments = jax.tree.map(np.asarray, parameters), np.array([tokens], np.int32)
+    return lambda parameters, tokens: nnx.merge(graph, parameters)(tokens), arguments
+
+
+def loaded(folder: Path) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(llama.load(llama.LlamaConfig.from_folder(folder), llama.Safetensors(folder)))
 
 
 def look(graph, parameters, tokens: np.ndarray) -> tuple[np.ndarray, list[float]]:
@@ -159,6 +184,7 @@ def tables(data: dict):
     columns = ["", "kind", "distance", "entropy (bits)", "previous", *(f"top {k}" for k in MOST_SHARES)]
     learnt = "" if data["accuracy"] is None else f"; the model answers {data['accuracy']:.1%} right"
     yield lab.table(f"what each head looks at, {len(data['tokens'])} tokens{learnt}", columns, rows)
+    yield lab.cost_table(f"the model, {len(data['tokens'])} tokens, in a process of its own", [data["cost"]])
     rows = [[temperature, f"{bits:.2f}"] for temperature, bits in data["temperatures"].items()]
     yield lab.table("mean entropy of all heads by softmax temperature", ["temperature", "bits"], rows)
 

@@ -134,6 +134,24 @@ def table(title: str, columns: list[str], rows: list[list]) -> Table:
     return made
 
 
+def cost_table(title: str, rows: list[dict]) -> Table:
+    """What `bench.labs.measure` found of the programs of a lab, by the `name` of each row."""
+    return table(
+        title,
+        ["", "time", "peak RSS", "requested", "in + out, once"],
+        [
+            [
+                row["name"],
+                milliseconds(row["time_s"]),
+                mebibytes(row["rss_bytes"]),
+                mebibytes(row["requested_bytes"]),
+                mebibytes(row["compulsory_bytes"]),
+            ]
+            for row in rows
+        ],
+    )
+
+
 def milliseconds(seconds: float) -> str:
     """Seconds as milliseconds, three digits.
 

@@ -102,6 +102,26 @@ def examples(task: str, count: int, length: int, seed: int) -> Examples:
     return Examples(tokens.astype(np.int32), asked, distances)
 
 
+def step_program(name: str, task: str, length: int, d: int, layers: int, batch: int, seed: int):
+    """Loss and gradients of one step of `train`, for `bench.labs.measure`; `name` is the variant's."""
+    graph, shapes = graph_of(VARIANTS[name], d, layers)
+    data = examples(task, batch, length, seed)
+    arguments = jax.tree.map(np.asarray, first_parameters(shapes, seed)), data.tokens
+    return jax.value_and_grad(loss_of(graph, data.asked[0])), arguments
+
+
+def loss_of(graph: nnx.GraphDef, asked: np.ndarray) -> Callable[[nnx.State, jax.Array], jax.Array]:
+    """The mean cross entropy of the tokens that are asked, as a function of parameters and tokens."""
+    asked = jnp.asarray(asked)
+
+    def loss(parameters, tokens):
+        logits = nnx.merge(graph, parameters)(tokens[:, :-1])
+        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1)[..., 0]
+        return -(picked * asked[1:]).sum() / (asked.sum() * tokens.shape[0])
+
+    return loss
+
+
 def graph_of(variant: Variant, d: int, layers: int) -> tuple[nnx.GraphDef, nnx.State]:
     return small_model(
         vocab=VOCAB,
@@ -154,12 +174,7 @@ def train(
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.98))
     data = examples(task, steps * batch, length, seed)
     tokens = data.tokens.reshape(steps, batch, -1)
-    asked = jnp.asarray(data.asked[0])
-
-    def loss(parameters, tokens):
-        logits = nnx.merge(graph, parameters)(tokens[:, :-1])
-        picked = jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[:, 1:, None], axis=-1)[..., 0]
-        return -(picked * asked[1:]).sum() / (asked.sum() * tokens.shape[0])
+    loss = loss_of(graph, data.asked[0])
 
     def step(carry, tokens):
         parameters, state = carry

@@ -12,12 +12,16 @@ from pathlib import Path
 import numpy as np
 
 from bench.labs import lab, tasks
+from bench.labs.measure import measure
 from bench.labs.tasks import VARIANTS
 
 GOOD = 0.98  # accuracy of what has learnt a task
 EQUAL_AT, EQUAL = 50, 1e-3  # at this step losses are equal to this part
+LESS = 0.1  # what an accuracy must lie below another to be called worse
 DEFAULT = ("MHA", "MQA", "1 head", "window", "linear")
 SIZES = {"d": 64, "layers": 2, "batch": 32}
+# From so many tokens back on a pattern cannot see, or not directly. Two layers of a window reach twice as far as one.
+FAR = {"window": SIZES["layers"] * (tasks.WINDOW - 1) + 1, "bigbird": tasks.WINDOW}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,8 +47,12 @@ def check(options: argparse.Namespace) -> None:
 
 def run(options: argparse.Namespace) -> dict:
     rows, equal = [], []
-    total = len(options.task) * len(options.variant) + 3 * options.equal
+    total = len(options.task) * len(options.variant) + 1 + 3 * options.equal
     with lab.Steps(total) as steps:
+        sizes = SIZES | {"task": options.task[0], "length": options.length, "seed": options.seed}
+        first = options.variant[0]  # measuring the step of each would take longer than the lab may
+        steps.start(f"one step of {first}, measured")
+        [cost] = measure("bench.labs.tasks:step_program", [{"name": first, **sizes}])
         for task in options.task:
             for name in options.variant:
                 steps.start(f"{task}: {name}")
@@ -63,7 +71,7 @@ def run(options: argparse.Namespace) -> dict:
                 )
         if options.equal:
             equal = losses_of_implementations(options, steps)
-    return {"rows": rows, "equal": equal, "claims": claims(rows, equal)}
+    return {"rows": rows, "cost": cost, "equal": equal, "claims": claims(rows, equal)}
 
 
 def losses_of_implementations(options: argparse.Namespace, steps: lab.Steps) -> list[dict]:
@@ -82,10 +90,22 @@ def losses_of_implementations(options: argparse.Namespace, steps: lab.Steps) -> 
     return [row | {"difference": abs(row["loss"] / found[0]["loss"] - 1)} for row in found]
 
 
-def beyond(row: dict) -> float | None:
-    """Accuracy of the answers that lie further back than the window sees."""
-    far = [accuracy for distance, accuracy in row["by_distance"].items() if int(distance) >= tasks.WINDOW]
+def beyond(row: dict, first: int = tasks.WINDOW) -> float | None:
+    """Accuracy of the answers that lie at least `first` tokens back, the mean over distances."""
+    far = [accuracy for distance, accuracy in row["by_distance"].items() if int(distance) >= first]
     return float(np.mean(far)) if far else None
+
+
+def nearer(row: dict, first: int) -> float | None:
+    """Accuracy of the answers that lie less than `first` tokens back, the mean over distances."""
+    near = [accuracy for distance, accuracy in row["by_distance"].items() if int(distance) < first]
+    return float(np.mean(near)) if near else None
+
+
+def loses(row: dict, first: int) -> bool:
+    """Whether the answers that lie at least `first` tokens back are worse than the nearer ones."""
+    near, far = nearer(row, first), beyond(row, first)
+    return None not in (near, far) and far < near - LESS
 
 
 def claims(rows: list[dict], equal: list[dict]) -> list[dict]:
@@ -102,13 +122,16 @@ def claims(rows: list[dict], equal: list[dict]) -> list[dict]:
                     "found": ", ".join(f"{name} {score:.3f}" for name, score in scores.items()),
                 }
             )
-    far = {r["variant"]: beyond(r) for r in rows if r["task"] == "recall" and r["variant"] in ("MHA", "window")}
-    if len(far) == 2 and None not in far.values():
+    recall = {r["variant"]: r for r in rows if r["task"] == "recall" and r["variant"] in ("MHA", "window")}
+    far = FAR["window"]
+    if len(recall) == 2 and beyond(recall["MHA"], far) is not None:
         found.append(
             {
-                "text": f"recall from {tasks.WINDOW} tokens back and more: the window loses",
-                "holds": far["window"] < far["MHA"] - 0.1,
-                "found": f"window {far['window']:.2f}, MHA {far['MHA']:.2f}",
+                "text": f"recall: from {far} tokens back on a window answers worse than nearer, MHA does not",
+                "holds": loses(recall["window"], far) and not loses(recall["MHA"], far),
+                "found": ", ".join(
+                    f"{name} {nearer(row, far):.2f} and {beyond(row, far):.2f}" for name, row in recall.items()
+                ),
             }
         )
     if equal:
@@ -149,6 +172,7 @@ def tables(data: dict):
     chosen = data["settings"]
     title = f"{chosen['steps']} steps, width {SIZES['d']}, {SIZES['layers']} layers, {chosen['length']} to remember"
     yield lab.table(title, columns, rows)
+    yield lab.cost_table(f"loss and gradients of {SIZES['batch']} sequences, a process of its own", [data["cost"]])
     if data["equal"]:
         rows = [[row["name"], f"{row['loss']:.6f}", f"{row['difference']:.1e}"] for row in data["equal"]]
         yield lab.table(f"loss of step {EQUAL_AT}, same seed", ["", "loss", "relative difference"], rows)
@@ -191,7 +215,10 @@ def see(data: dict) -> tuple[str, str]:
     task = data["rows"][0]["task"]
     scores = ", ".join(f"{name} {row['accuracy']:.2f}" for (of, name), row in by.items() if of == task)
     one, many = (by.get((task, name)) for name in ("1 head", "MHA"))
-    first = f"{task}: {scores}; a pattern loses where what decides the answer lies outside it."
+    losers = [f"{name} from {far}" for name, far in FAR.items() if (task, name) in by and loses(by[task, name], far)]
+    first = f"{task}: {scores}."
+    if losers:
+        first = f"{first[:-1]}; far answers are worse than near ones: {' and '.join(losers)} tokens back on."
     if one is None or many is None:
         return first, "add --variant MHA --variant '1 head' to see what several heads are for."
     losses = [float(np.mean(row["losses"][-10:])) for row in (one, many)]
