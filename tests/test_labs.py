@@ -127,6 +127,7 @@ def test_fewer_key_value_heads_keep_and_read_less(in_this_process, tmp_path):
     assert [a - b for a, b in itertools.pairwise(read)] == [2 * 64 * 2 * 16 * 4, 2 * 64 * 16 * 4]
 
 
+@pytest.mark.slow
 def test_exponents_are_those_of_the_definitions(in_this_process, tmp_path):
     data = run(tmp_path, "complexity", "--seq", 512, "--d", 8)
     memory = {kind: fitted["memory"] for kind, fitted in data["exponents"].items()}
@@ -137,6 +138,7 @@ def test_exponents_are_those_of_the_definitions(in_this_process, tmp_path):
     assert [row["seq"] for row in data["rows"] if row["name"] == "loops"] == [32, 64, 128, 256]
 
 
+@pytest.mark.slow
 def test_sparse_patterns_are_counted_and_their_error_is_from_full_attention(in_this_process, tmp_path):
     data = run(tmp_path, "sparse", "--seq", 256, "--heads", 1, "--d", 16)
     rows = {row["name"]: row for row in data["rows"] if row["seq"] == 256}
@@ -148,6 +150,7 @@ def test_sparse_patterns_are_counted_and_their_error_is_from_full_attention(in_t
     assert not any(row["unknown"] for row in rows.values())
 
 
+@pytest.mark.slow
 def test_linear_forms_agree_and_random_features_converge(in_this_process, tmp_path):
     data = run(tmp_path, "linear", "--seq", 1024, "--d", 8, "--heads", 1)
     assert max(row["difference"] for row in data["rows"]) <= 1e-4
@@ -263,6 +266,7 @@ def test_losses_are_equal_between_implementations_and_with_checkpointing():
     assert losses[0][-1] < 0.9 * losses[0][0]
 
 
+@pytest.mark.slow
 def test_heads_learns_its_task_and_hotter_softmax_has_more_entropy(in_this_process, tmp_path, capsys):
     data = run(tmp_path, "heads", "--length", 4, "--steps", 120)
     assert_costs_are_shown([data["cost"]], capsys.readouterr().out)
