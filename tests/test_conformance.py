@@ -119,7 +119,13 @@ def test_every_combination_of_the_axes(implementation, mask):
 
 @pytest.mark.parametrize("ours", [True, False])
 def test_the_command_fails_where_one_of_ours_is_wrong_or_crashes_and_only_there(ours, monkeypatch, capsys):
-    right = conformance.jaxattn("naive")
+    naive, known = conformance.jaxattn("naive"), {}
+
+    def right(x):
+        if x.q.tobytes() not in known:
+            known[x.q.tobytes()] = naive(x)
+        return known[x.q.tobytes()]
+
     cases = [case for case in CASES if case.lengths == (17, 64) and case.dtype == "float32"][:2]
     monkeypatch.setattr(conformance, "cover", lambda implementations: cases)
 

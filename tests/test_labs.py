@@ -89,6 +89,7 @@ def test_a_process_of_its_own_measures_and_a_failing_one_says_why():
         list(measure("bench.labs.flash:program", [case | {"name": "nothing"}]))
 
 
+@pytest.mark.slow
 def test_flash_equals_the_baseline_and_computes_only_the_tiles_it_visits(in_this_process, tmp_path):
     data = run(tmp_path, "flash", "--seq", 64, "--block", 32, "--d", 16, "--heads", 2)
     assert data["errors"][0]["difference"] <= 1e-5
@@ -102,6 +103,7 @@ def test_flash_equals_the_baseline_and_computes_only_the_tiles_it_visits(in_this
         assert tiles["visited"] * products <= row["flops"] < 1.5 * tiles["visited"] * products
 
 
+@pytest.mark.slow
 def test_checkpointing_changes_memory_and_work_and_no_gradient(in_this_process, tmp_path):
     data = run(tmp_path, "checkpoint", "--layers", 3, "--seq", 64, "--d", 16, "--batch", 2)
     everything, products, output, nothing = data["rows"]
@@ -119,6 +121,7 @@ def test_checkpoint_s_gradients_are_compared_each_by_its_largest_value():
     assert checkpoint.difference([small + 1e-5, large], [small, large]) == pytest.approx(5e-3)
 
 
+@pytest.mark.slow
 def test_fewer_key_value_heads_keep_and_read_less(in_this_process, tmp_path):
     data = run(tmp_path, "gqa", "--seq", 64, "--d", 16, "--heads", 4, "--gqa-groups", 2, "--steps", 0)
     assert [row["kv_heads"] for row in data["rows"]] == [4, 2, 1]

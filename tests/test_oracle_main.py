@@ -29,6 +29,7 @@ def without_the_table(monkeypatch):
     monkeypatch.setattr(command, "_compare", lambda *args: [])
 
 
+@pytest.mark.slow
 def test_faults_that_cannot_show_in_a_checkpoint_are_planted_in_another_layer(tmp_path, monkeypatch):
     without_the_table(monkeypatch)
     status, content = run(MHA, tmp_path, "--tokens", "20")
