@@ -245,9 +245,13 @@ def _subjects(args, folder, problems: list[str]):
     with _tiny() as tiny:
         model = checkpoint.load_model(tiny)
         ids = np.random.default_rng(0).integers(0, checkpoint.TINY.vocabulary, (1, parity.BLOCK + 16))
-        short = parity.llama_subject(tiny, model, ids[:, :12], name="tiny llama")
+        short, short_later = (
+            parity.llama_subject(tiny, model, ids[:, :12], name=name, first_position=first)
+            for name, first in (("tiny llama", 0), ("tiny llama from 1000", 1000))
+        )
         long = parity.llama_subject(tiny, model, ids, name=f"tiny llama, {ids.size} tokens")
     yield short, ("float32", "bfloat16"), ("loops", "triton")
+    yield short_later, ("float32",), ("loops", "triton")
     yield long, ("float32",), ("naive", "blockwise")
     yield parity.partial_subject(), ("float32",), ("naive", "blockwise")
 
