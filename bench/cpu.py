@@ -30,7 +30,7 @@ PRODUCT = 2048  # rows and columns of the matrix product
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One question: its cases, dtype and direction. both: torch runs beside; its flash takes causal and full only."""
+    """One question: its cases, dtype and direction. torch runs beside causal and full, which its flash takes."""
 
     text: str
     cases: tuple[cases.Case, ...]

@@ -42,7 +42,7 @@ def compute(case: Case, implementation):
     return x, *compute_jax(attend, dataclasses.replace(x, k=k, v=v), runs=2)
 
 
-def check(case: Case, implementation=None) -> None:
+def assert_conforms(case: Case, implementation=None) -> None:
     x, results, again = compute(case, implementation or IMPLEMENTATIONS[case.implementation])
     targets = oracle.accuracy_bound(
         x.q, x.k, x.v, x.bias, x.allowed, scale=x.scale, logits_soft_cap=x.soft_cap, cotangent=x.d_out,
@@ -64,7 +64,7 @@ CASES = cover(DRAWN)
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_implementation_is_as_accurate_as_torch_and_exact_where_nothing_may_be_attended(case):
-    check(case)
+    assert_conforms(case)
 
 
 def test_the_cases_cover_every_two_values_and_are_at_least_three_hundred():
@@ -99,13 +99,13 @@ def test_the_sample_for_interpreted_kernels_has_every_head_dim_and_kind_of_logit
 
 @pytest.mark.parametrize("case", SAMPLE, ids=str)
 def test_interpreted_kernels_pass_a_sample_of_the_same_cases(case):
-    check(case, INTERPRETED)
+    assert_conforms(case, INTERPRETED)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", [case for case in cover(("triton",)) if case.dtype != "float64"], ids=str)
 def test_kernels_pass_the_same_cases_natively(case):
-    check(case, Triton())
+    assert_conforms(case, Triton())
 
 
 @pytest.mark.grid
@@ -114,7 +114,7 @@ def test_kernels_pass_the_same_cases_natively(case):
 def test_every_combination_of_the_axes(implementation, mask):
     for case in grid((implementation,)):
         if case.mask == mask:
-            check(case)
+            assert_conforms(case)
 
 
 @pytest.mark.parametrize("ours", [True, False])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bench import labs
-from bench.labs import anatomy, checkpoint, complexity, flash, gqa, heads, lab, linear, sparse, tasks, toy
+from bench.labs import anatomy, checkpoint, complexity, flash, gqa, heads, lab, tasks, toy
 from bench.labs.measure import measure, measure_here
 
 
@@ -21,7 +21,7 @@ def in_this_process(monkeypatch):
             counted = profile == "all" or index == len(cases) - 1
             yield measure_here(function, case, 1, counted, save and f"{save}/{index}.npz")
 
-    for module in (anatomy, checkpoint, complexity, flash, gqa, heads, linear, sparse, toy):
+    for module in (anatomy, complexity, flash, gqa, heads, toy, labs.measure):
         monkeypatch.setattr(module, "measure", here)
 
 

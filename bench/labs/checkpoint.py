@@ -7,7 +7,6 @@ gradients of all are compared.
 from __future__ import annotations
 
 import argparse
-import tempfile
 from pathlib import Path
 
 import jax
@@ -15,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from bench.labs import lab
-from bench.labs.measure import measure
+from bench.labs.measure import measure_outputs
 from bench.labs.model import first_parameters, small_model
 from bench.plot import Style
 
@@ -72,14 +71,12 @@ def program(layers: int, seq: int, d: int, batch: int, implementation: str, poli
 def run(options: argparse.Namespace) -> dict:
     shared = {name: getattr(options, name) for name in ("layers", "seq", "d", "batch", "implementation", "seed")}
     rows, kept = [], None
-    with tempfile.TemporaryDirectory() as folder, lab.Steps(len(POLICIES)) as steps:
+    with lab.Steps(len(POLICIES)) as steps:
         cases = [{"policy": policy, **shared} for policy in POLICIES]
-        found = measure("bench.labs.checkpoint:program", cases, repeats=3, save=Path(folder))
-        for index, policy in enumerate(POLICIES):
+        found = measure_outputs("bench.labs.checkpoint:program", cases, repeats=3)
+        for policy in POLICIES:
             steps.start(policy)
-            row = next(found)
-            with np.load(f"{folder}/{index}.npz") as saved:
-                loss, *gradients = (saved[name] for name in saved.files)
+            row, (loss, *gradients) = next(found)
             kept = gradients if kept is None else kept
             row["loss"] = float(loss)
             row["gradient_difference"] = difference(gradients, kept)

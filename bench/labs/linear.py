@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import tempfile
 from pathlib import Path
 
 import jax
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bench.labs import lab
-from bench.labs.measure import measure
+from bench.labs.measure import measure_outputs
 from jaxattn import dot_product_attention
 from jaxattn.linear import FORMS, EluPlusOne, PositiveRandomFeatures, linear_attention
 
@@ -47,15 +46,12 @@ def run(options: argparse.Namespace) -> dict:
     with lab.Steps(len(FORMS) * len(lengths) + len(COUNTS)) as steps:
         for form in FORMS:
             cases = [{"form": form, "seq": seq, **shared} for seq in lengths]
-            with tempfile.TemporaryDirectory() as folder:
-                found = measure("bench.labs.linear:program", cases, profile="last", save=Path(folder))
-                for index, seq in enumerate(lengths):
-                    steps.start(f"{form}, length {seq}")
-                    row = next(found)
-                    with np.load(f"{folder}/{index}.npz") as saved:
-                        out = saved["arr_0"]
-                    exact = expected.setdefault(seq, out)
-                    rows.append(row | {"difference": float(np.abs(out - exact).max() / np.abs(exact).max())})
+            found = measure_outputs("bench.labs.linear:program", cases, profile="last")
+            for seq in lengths:
+                steps.start(f"{form}, length {seq}")
+                row, (out,) = next(found)
+                exact = expected.setdefault(seq, out)
+                rows.append(row | {"difference": float(np.abs(out - exact).max() / np.abs(exact).max())})
         errors = features(options, steps)
     rate = lab.exponent([row["features"] for row in errors], [row["error"] for row in errors])
     found = {"rows": rows, "errors": errors, "rate": rate, "cache": cache(options, lengths)}

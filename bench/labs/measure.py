@@ -75,6 +75,15 @@ def measure(
             raise RuntimeError(f"{function} with {cases}: {(lines or [f'exit code {code}'])[-1]}")
 
 
+def measure_outputs(function: str, cases: list[dict], **options) -> Iterator[tuple[dict, list[np.ndarray]]]:
+    """`measure`, with the leaves of each case's result beside its row."""
+    with tempfile.TemporaryDirectory() as folder:
+        for index, row in enumerate(measure(function, cases, save=Path(folder), **options)):
+            with np.load(f"{folder}/{index}.npz") as saved:
+                leaves = [saved[name] for name in saved.files]
+            yield row, leaves
+
+
 def measure_here(function: str, case: dict, repeats: int, profile: bool, save: str | None = None) -> dict:
     """Measures one case in this process; what each process that `measure` starts does.
 
