@@ -38,7 +38,7 @@ def rescale(accumulator, factor):
     return accumulator * factor[..., None]
 
 
-def update(state: State, logits, values, weigh=None) -> State:
+def update(state: State, logits, values, weigh=None, unit: float = 1.0) -> State:
     """Takes in one tile of keys.
 
         m' = max(m, max_j logits_j)                     Milakov and Gimelshein (2018), algorithm 3, line 4
@@ -50,23 +50,25 @@ def update(state: State, logits, values, weigh=None) -> State:
       logits: [*rows, S], -inf where masked.
       values: [S, H], handed to `weigh`.
       weigh: (weights [*rows, S], values) -> [*rows, H] in the accumulator's dtype; a matrix product by default.
+      unit: positive; the logits, and so m, are given in multiples of it. A scale that is left out of the logits goes
+        in here, where it costs nothing: exp(unit * (logits - m)) is one pass over the tile either way.
 
     Returns:
       The new state.
     """
     weigh = weigh or (lambda weights, values: jnp.matmul(weights, values, preferred_element_type=state.o.dtype))
     m = jnp.maximum(state.m, logits.max(axis=-1))
-    alpha = jnp.exp(state.m - finite(m))
-    weights = jnp.exp(logits - finite(m)[..., None])
+    alpha = jnp.exp(unit * (state.m - finite(m)))
+    weights = jnp.exp(unit * (logits - finite(m)[..., None]))
     l = state.l * alpha + weights.sum(axis=-1)
     return State(m, l, rescale(state.o, alpha) + weigh(weights, values))
 
 
-def finish(state: State):
-    """The output o / l and the log-sum-exp m + log l; 0 and -inf for rows that saw no allowed key."""
+def finish(state: State, unit: float = 1.0):
+    """The output o / l and the log-sum-exp unit * m + log l; 0 and -inf for rows that saw no allowed key."""
     absent = state.l == 0
     l = jnp.where(absent, 1, state.l)
-    return state.o / l[..., None], jnp.where(absent, -jnp.inf, state.m + jnp.log(l))
+    return state.o / l[..., None], jnp.where(absent, -jnp.inf, unit * state.m + jnp.log(l))
 
 
 def merge(out_a, lse_a, out_b, lse_b):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import math
 from typing import ClassVar
 
@@ -23,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxattn import online_softmax, tiles
 from jaxattn.impl.base import Implementation, Problem, accumulator_dtype, dot_precision, soft_cap
 from jaxattn.impl.partition import independent
-from jaxattn.masks import FULL, PARTIAL
+from jaxattn.masks import FULL, PARTIAL, Causal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,46 +55,54 @@ class Blockwise(Implementation):
         if block_q is None or block_k is None:
             chosen_q, chosen_k = default_blocks(problem.mask, T, S, G)
             block_q, block_k = block_q or chosen_q, block_k or chosen_k
-        blocks = block_q, block_k
-        config = _Config(*blocks, problem.scale, problem.soft_cap, self.precision)
+        config = _Config(
+            block_q=min(block_q, T),
+            block_k=min(block_k, S),
+            scale=problem.scale,
+            soft_cap=problem.soft_cap,
+            precision=self.precision,
+            unread_keys=not tiles.reads_every_key(problem.mask, T, S),
+        )
         return _attention(config, problem.query, problem.key, problem.value, problem.bias, problem.mask)
 
 
-ROWS = 512  # query rows of a tile, over the G heads of its group
-SCORES = 512 * 512  # of a tile: a megabyte in float32, which the caches of one or two cores hold
-MASKING = 0.5  # what masking a score costs beside computing it
-STARTING = 40_000  # what the operations of one tile cost to start, in scores
+ROWS = (2048, 1024, 512, 256, 128)  # query rows of a tile, over the G heads of its group; the first of equals is taken
+SCORES = 2**20  # of a tile at most: four megabytes in float32
+KEYS = 128, 8192  # of a tile, at least and at most
+ALONE = 2**17  # XLA multiplies tiles with fewer scores on one core
+STARTING = 20_000  # what the operations of one tile cost to start, in scores
+MASKING = 0.15  # what masking a score costs beside computing it
 
 
 def default_blocks(mask, T: int, S: int, G: int) -> tuple[int, int]:
-    """The tile sizes with the least work by a simple model, among few that fit in cache.
+    """The tile sizes with the least work by a simple model.
 
-    work = scores in visited tiles, half as many again in PARTIAL ones, + `STARTING` for each tile: full attention
-    takes large tiles, a narrow window small ones, and few queries (decoding) long ones. `python -m bench cpu --sweep`
-    measures what the model says.
+    work of a tile = its scores, twice where they are fewer than `ALONE`, 15% more where it is PARTIAL, + `STARTING`.
+    Full attention takes large tiles, a narrow window small ones, a causal mask those between, for it computes half of
+    the tiles on its diagonal in vain; few queries (decoding) take long ones. `python -m bench cpu --sweep` measures
+    what the model says.
 
     Args:
-      mask: what may be attended; one that holds arrays gets the sizes for full attention.
+      mask: what may be attended; one that holds arrays gets the sizes for a causal one that ends with the keys.
       T, S: numbers of queries and keys.
       G: query heads of a group, which share a tile.
 
     Returns:
       (block_q, block_k), in tokens.
     """
-    block_q = min(T, max(ROWS // G, 64))
-    largest = block_q, min(S, max(SCORES // (G * block_q), 512))
-    best, least = largest, math.inf
-    for shrink_q, shrink_k in itertools.product((1, 2, 4), (1, 2, 4)):
-        block_q, block_k = (
-            max(block // shrink, 1) for block, shrink in zip(largest, (shrink_q, shrink_k), strict=True)
-        )
-        codes = tiles.tile_codes(mask, T, S, block_q, block_k)
-        if not isinstance(codes, np.ndarray):
-            break
-        partial, full = (int((codes == kind).sum()) for kind in (PARTIAL, FULL))
-        work = G * block_q * block_k * ((1 + MASKING) * partial + full) + STARTING * (partial + full)
-        if work < least:
-            best, least = (block_q, block_k), work
+    best, least = None, math.inf
+    for rows in ROWS:
+        block_q = max(min(T, rows // G), 1)
+        most = min(KEYS[1], max(SCORES // (G * block_q), KEYS[0]))
+        for block_k in {min(S, most >> shrink): None for shrink in range((most // KEYS[0]).bit_length())}:
+            codes = tiles.tile_codes(mask, T, S, block_q, block_k)
+            if not isinstance(codes, np.ndarray):
+                return default_blocks(Causal(S - T), T, S, G)
+            partial, full = (int((codes == kind).sum()) for kind in (PARTIAL, FULL))
+            scores = G * block_q * block_k * (1 if G * block_q * block_k >= ALONE else 2)
+            work = scores * ((1 + MASKING) * partial + full) + STARTING * (partial + full)
+            if work < least:
+                best, least = (block_q, block_k), work
     return best
 
 
@@ -106,6 +113,7 @@ class _Config:
     scale: float
     soft_cap: float | None
     precision: lax.PrecisionLike
+    unread_keys: bool  # some keys may be attended by no query: they may hold NaN
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -157,33 +165,35 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 
 def _forward(config, query, key, value, bias, mask, visits):
     """out [B, T, N, Hv] and lse [B, T, N]: algorithm 1, its loops exchanged as in FlashAttention-2."""
-    group = _Groups(config, query, key, value, bias, mask)
+    group = _Groups(config, query, key, bias, mask)
 
-    def one_group(index):
-        b, k = index // group.K, index % group.K
+    def one_group(n, results):
+        b, k = jnp.unravel_index(n, (group.B, group.K))
+        k_tiles, v_tiles = group.tiles(key, b, k), group.tiles(value, b, k)
 
-        def one_block(i):
-            q_tile = group.query[b, k, i]
+        def one_block(i, results):
+            q_tile = group.rows(query, b, k, i)
 
             def visit(masked):
                 def body(j, state):
-                    logits, _ = group.logits(q_tile, b, k, i, j)
-                    v_tile = group.value[b, k, j]
+                    logits, _ = group.logits(q_tile, k_tiles(j), b, k, i, j)
+                    v_tile = v_tiles(j)
                     if masked:
                         logits, v_tile = group.cut(b, k, i, j, logits, v_tile)
-                    return online_softmax.update(state, logits, v_tile, group.weigh)
+                    return online_softmax.update(state, logits, v_tile, group.weigh, group.unit)
 
                 return body
 
             state = online_softmax.start(q_tile.shape[:1], value.shape[-1], group.dtype)
             state = _visit(visits, b, k, i, visit, state)
-            out, lse = online_softmax.finish(state)
-            return out.astype(query.dtype), lse
+            finished = online_softmax.finish(state, group.unit)
+            return tuple(group.put_rows(x, b, k, i, tile) for x, tile in zip(results, finished, strict=True))
 
-        return lax.map(one_block, jnp.arange(group.blocks_q))
+        return lax.fori_loop(0, group.blocks_q, one_block, results)
 
-    out, lse = lax.map(one_group, jnp.arange(group.B * group.K))
-    return group.ungroup_rows(out), group.ungroup_rows(lse)
+    out = jnp.zeros((*query.shape[:3], value.shape[-1]), query.dtype)
+    lse = jnp.zeros(query.shape[:3], group.dtype)
+    return lax.fori_loop(0, group.B * group.K, one_group, (out, lse))
 
 
 def _backward(config, query, key, value, bias, mask, visits, out, lse, d_out, d_lse):
@@ -192,52 +202,60 @@ def _backward(config, query, key, value, bias, mask, visits, out, lse, d_out, d_
     p = exp(logits - lse), dv = p^T dout, dp = dout v^T, delta = sum(dout * out), ds = p (dp - delta + dlse),
     dbias = ds, then through the soft cap, dq = scale ds k, dk = scale ds^T q.
     """
-    group = _Groups(config, query, key, value, bias, mask)
+    group = _Groups(config, query, key, bias, mask)
     dtype = group.dtype
     d_lse = jnp.where(lse == -jnp.inf, 0, d_lse)  # there lse is a constant; its cotangent may well be NaN
     delta = (d_out.astype(dtype) * out.astype(dtype)).sum(-1) - d_lse.astype(dtype)
-    # Rows that attend nothing, padded rows among them, get p = exp(logits - inf) = 0.
-    lse = group.group_rows(jnp.where(lse == -jnp.inf, jnp.inf, lse), fill=jnp.inf)
-    delta, d_out = group.group_rows(delta), group.group_rows(d_out)
+    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)  # rows that attend nothing get p = exp(logits - inf) = 0
+    d_out = d_out.astype(query.dtype)
 
-    def one_group(d_bias, index):
-        b, k = index // group.K, index % group.K
+    def one_group(n, gradients):
+        b, k = jnp.unravel_index(n, (group.B, group.K))
+        k_tiles, v_tiles = group.tiles(key, b, k), group.tiles(value, b, k)
 
-        def one_block(carry, i):
-            q_tile, d_out_tile = group.query[b, k, i], d_out[b, k, i].astype(query.dtype)
-            lse_tile, delta_tile = lse[b, k, i][:, None], delta[b, k, i][:, None]
+        def one_block(i, gradients):
+            dq, dk, dv, d_bias = gradients
+            q_tile, d_out_tile = group.rows(query, b, k, i), group.rows(d_out, b, k, i)
+            # Laid out anew, or XLA multiplies with a transposed left side, which is slow and for bfloat16 not there.
+            q_tile_t, d_out_tile_t = lax.optimization_barrier((q_tile.T, d_out_tile.T))
+            own = group.own_rows(i)  # p = 0 in the others, too
+            lse_tile = jnp.where(own, group.rows(lse, b, k, i), jnp.inf)[:, None]
+            delta_tile = group.rows(delta, b, k, i)[:, None]
 
             def visit(masked):
                 def body(j, carry):
                     dq_tile, dk, dv, d_bias = carry
-                    k_tile, v_tile = group.key[b, k, j], group.value[b, k, j]
-                    logits, capped = group.logits(q_tile, b, k, i, j)
+                    k_tile, v_tile = k_tiles(j), v_tiles(j)
+                    logits, capped = group.logits(q_tile, k_tile, b, k, i, j)
                     if masked:
                         logits, k_tile, v_tile = group.cut(b, k, i, j, logits, k_tile, v_tile)
-                    p = jnp.exp(logits - lse_tile)
+                    p = jnp.exp(group.unit * logits - lse_tile)
                     ds = p * (group.dot(d_out_tile, v_tile.T) - delta_tile)
                     d_bias = group.add_bias_tile(d_bias, b, k, i, j, ds)
                     if config.soft_cap is not None:
                         ds = jnp.where(p == 0, 0, ds * (1 - (capped / config.soft_cap) ** 2))
                     ds = ds.astype(query.dtype)
                     dq_tile += group.dot(ds, k_tile)
-                    dk = _add_block(dk, j, group.dot(ds.T, q_tile))
-                    dv = _add_block(dv, j, group.dot(p.astype(value.dtype).T, d_out_tile))
+                    dk = group.add_keys(dk, j, group.dot(q_tile_t, ds))
+                    dv = group.add_keys(dv, j, group.dot(d_out_tile_t, p.astype(value.dtype)))
                     return dq_tile, dk, dv, d_bias
 
                 return body
 
-            carry = (jnp.zeros(q_tile.shape, dtype), *carry)
-            dq_tile, *carry = _visit(visits, b, k, i, visit, carry)
-            return tuple(carry), (dq_tile * config.scale).astype(query.dtype)
+            carry = (jnp.zeros(q_tile.shape, dtype), dk, dv, d_bias)
+            dq_tile, dk, dv, d_bias = _visit(visits, b, k, i, visit, carry)
+            return group.put_rows(dq, b, k, i, dq_tile * config.scale), dk, dv, d_bias
 
-        zeros = [jnp.zeros((group.blocks_k, config.block_k, x.shape[-1]), dtype) for x in (key, value)]
-        (dk, dv, d_bias), dq = lax.scan(one_block, (*zeros, d_bias), jnp.arange(group.blocks_q))
-        return d_bias, (dq, (dk * config.scale).astype(key.dtype), dv.astype(value.dtype))
+        dq, dk, dv, d_bias = gradients
+        # Transposed, [H, S]: a CPU multiplies half as fast where the left side, here ds or p, is.
+        sums = [jnp.zeros((x.shape[-1], group.S), dtype) for x in (key, value)]
+        dq, dk_group, dv_group, d_bias = lax.fori_loop(0, group.blocks_q, one_block, (dq, *sums, d_bias))
+        dk, dv = group.put_group(dk, b, k, dk_group.T * config.scale), group.put_group(dv, b, k, dv_group.T)
+        return dq, dk, dv, d_bias
 
-    d_bias, (dq, dk, dv) = lax.scan(one_group, group.zero_bias(), jnp.arange(group.B * group.K))
-    d_bias = [] if bias is None else [d_bias[tuple(map(slice, bias.shape))].astype(bias.dtype)]
-    return group.ungroup_rows(dq), group.ungroup_keys(dk), group.ungroup_keys(dv), *d_bias
+    zeros = (*(jnp.zeros(x.shape, x.dtype) for x in (query, key, value)), group.zero_bias())
+    dq, dk, dv, d_bias = lax.fori_loop(0, group.B * group.K, one_group, zeros)
+    return dq, dk, dv, *([] if bias is None else [d_bias.astype(bias.dtype)])
 
 
 def _visit(visits, b, k, i, visit, state):
@@ -255,33 +273,77 @@ def _for_each(items, count, body, state):
     return lax.fori_loop(0, count, lambda n, state: body(items[n], state), state)
 
 
-def _add_block(array, j, block):
-    return lax.dynamic_update_index_in_dim(array, lax.dynamic_index_in_dim(array, j, keepdims=False) + block, j, 0)
-
-
-def _pad(array, axis: int, length: int, fill):
-    if array.shape[axis] == length:
-        return array
-    widths = [(0, length - n if i == axis else 0) for i, n in enumerate(array.shape)]
-    return jnp.pad(array, widths, constant_values=fill)
+def _indices(*start):
+    """The start of a slice, in one type, also where x64 makes some of them int64."""
+    return [jnp.asarray(x, jnp.int32) for x in start]
 
 
 class _Groups:
-    """The operands cut into blocks by (batch element, key/value head, block), and the arithmetic of one tile.
+    """The tiles of (batch element, key/value head, block), cut out of the operands as they are, and their arithmetic.
 
-    The G query heads of a group are the rows of one tile, [G * block_q, H], so that one loaded key block serves all.
+    The G query heads of a group are rows of one tile, [block_q * G, H], so that one loaded key block serves all. The
+    last block of rows or of keys is moved back to end where the operand ends: it then holds some of the block before,
+    which are not its own. Such keys are cut, such rows are not written.
     """
 
-    def __init__(self, config: _Config, query, key, value, bias, mask):
+    def __init__(self, config: _Config, query, key, bias, mask):
         self.config, self.mask, self.bias = config, mask, bias
         self.B, self.T, self.N, _ = query.shape
         self.S, self.K = key.shape[1:3]
         self.G = self.N // self.K
         self.blocks_q, self.blocks_k = -(-self.T // config.block_q), -(-self.S // config.block_k)
         self.dtype = accumulator_dtype(query.dtype)
-        self.query = self.group_rows(query)
-        self.key, self.value = self._group_keys(key), self._group_keys(value)
-        self.bias = None if bias is None else self._pad_bias(bias)
+        # Where nothing but the scale comes between the products and the exponential, it is left to the exponential.
+        plain = bias is None and config.soft_cap is None and config.scale > 0
+        self.unit = config.scale if plain else 1.0
+
+    def start_q(self, i):
+        return jnp.minimum(i * self.config.block_q, self.T - self.config.block_q)
+
+    def start_k(self, j):
+        return jnp.minimum(j * self.config.block_k, self.S - self.config.block_k)
+
+    def rows(self, array, b, k, i):
+        """The tile [block_q * G, ...] of [B, T, N, ...]."""
+        return self._slice_rows(array, b, k, i).reshape(-1, *array.shape[3:])
+
+    def put_rows(self, array, b, k, i, tile):
+        """[B, T, N, ...] with the tile's own rows in their place."""
+        old = self._slice_rows(array, b, k, i)
+        tile = tile.reshape(old.shape).astype(array.dtype)
+        if self.T % self.config.block_q:
+            own = self.own_rows(i).reshape(1, -1, self.G, *(1,) * (array.ndim - 3))
+            tile = jnp.where(own, tile, old)
+        return lax.dynamic_update_slice(array, tile, self._rows_start(array, b, k, i))
+
+    def own_rows(self, i):
+        """bool [block_q * G]: not of the block before."""
+        own = self.start_q(i) + jnp.arange(self.config.block_q) >= i * self.config.block_q
+        return jnp.repeat(own, self.G)
+
+    def _slice_rows(self, array, b, k, i):
+        sizes = (1, self.config.block_q, self.G, *array.shape[3:])
+        return lax.dynamic_slice(array, self._rows_start(array, b, k, i), sizes)
+
+    def _rows_start(self, array, b, k, i):
+        return _indices(b, self.start_q(i), k * self.G, *[0] * (array.ndim - 3))
+
+    def tiles(self, array, b, k):
+        """j -> the tile [block_k, H] of [B, S, K, H]; from one copy of the group's if many blocks of rows read it."""
+        start, sizes = (b, k), (1, self.S, 1, array.shape[3])
+        if self.blocks_q > 1:
+            array, start = lax.dynamic_slice(array, _indices(b, 0, k, 0), sizes), (0, 0)
+        sizes = (1, self.config.block_k, *sizes[2:])
+        return lambda j: lax.dynamic_slice(array, _indices(start[0], self.start_k(j), start[1], 0), sizes)[0, :, 0]
+
+    def add_keys(self, array, j, tile):
+        """[H, S] with the tile [H, block_k] added."""
+        start = _indices(0, self.start_k(j))
+        return lax.dynamic_update_slice(array, lax.dynamic_slice(array, start, tile.shape) + tile, start)
+
+    def put_group(self, array, b, k, keys):
+        """[B, S, K, H] with [S, H] in its place."""
+        return lax.dynamic_update_slice(array, keys[None, :, None].astype(array.dtype), _indices(b, 0, k, 0))
 
     def dot(self, a, b):
         return jnp.matmul(
@@ -291,24 +353,34 @@ class _Groups:
     def weigh(self, weights, v_tile):
         return self.dot(weights.astype(v_tile.dtype), v_tile)
 
-    def logits(self, q_tile, b, k, i, j):
-        """Logits [G * block_q, block_k] with bias, and the capped ones without."""
-        capped = soft_cap(self.dot(q_tile, self.key[b, k, j].T) * self.config.scale, self.config.soft_cap)
+    def logits(self, q_tile, k_tile, b, k, i, j):
+        """Logits [block_q * G, block_k] with bias, in multiples of `unit`, and the capped ones without."""
+        products = self.dot(q_tile, k_tile.T)
+        if self.unit != 1:
+            return products, products
+        capped = soft_cap(products * self.config.scale, self.config.soft_cap)
         if self.bias is None:
             return capped, capped
         tile = lax.dynamic_slice(self.bias, self._bias_start(b, k, i, j), self._bias_tile_shape())[0]
-        tile = jnp.broadcast_to(tile.astype(self.dtype), (self.G, self.config.block_q, self.config.block_k))
-        return capped + tile.reshape(capped.shape), capped
+        return capped + self._to_rows(tile.astype(self.dtype)), capped
 
     def cut(self, b, k, i, j, logits, *key_tiles):
-        """Masks the logits, and clears the keys that no row of the tile may attend: they may hold NaN."""
-        block_q, block_k = self.config.block_q, self.config.block_k
-        t = i * block_q + jnp.arange(block_q)[:, None]
-        s = j * block_k + jnp.arange(block_k)[None, :]
-        allowed = self.mask.allows(t, s, functools.partial(self._take, b, k)) & (s < self.S) & (t < self.T)
-        allowed = jnp.broadcast_to(allowed, (self.G, block_q, block_k)).reshape(logits.shape)
-        used = allowed.any(0)[:, None]
-        return jnp.where(allowed, logits, -jnp.inf), *(jnp.where(used, x, 0) for x in key_tiles)
+        """Masks the logits; where there may be unread keys, clears those that no row of the tile may attend."""
+        t = self.start_q(i) + jnp.arange(self.config.block_q)[:, None]
+        s = self.start_k(j) + jnp.arange(self.config.block_k)[None, :]
+        allowed = self.mask.allows(t, s, functools.partial(self._take, b, k))
+        if self.S % self.config.block_k:
+            allowed &= s >= j * self.config.block_k
+        allowed = jnp.broadcast_to(allowed, (*(1, *allowed.shape)[-3:-2], self.config.block_q, self.config.block_k))
+        if self.config.unread_keys:
+            used = allowed.any((0, 1))[:, None]
+            key_tiles = [jnp.where(used, x, 0) for x in key_tiles]
+        return jnp.where(self._to_rows(allowed), logits, -jnp.inf), *key_tiles
+
+    def _to_rows(self, tile):
+        """[G|1, block_q|1, block_k|1] -> [block_q * G, block_k]: query for query, head for head."""
+        tile = jnp.broadcast_to(tile, (self.G, self.config.block_q, self.config.block_k))
+        return tile.swapaxes(0, 1).reshape(-1, self.config.block_k)
 
     def _take(self, b, k, array, t=None, s=None):
         """`masks.gather` for one batch element and one group: lead axes [B], [B, N] become (), [G]."""
@@ -325,48 +397,13 @@ class _Groups:
             array = array[..., :, None]
         return array
 
-    def group_rows(self, array, fill=0):
-        """[B, T, N, ...] -> [B, K, blocks, G * block_q, ...]."""
-        rest = array.shape[3:]
-        array = _pad(array, 1, self.blocks_q * self.config.block_q, fill)
-        array = array.reshape(self.B, self.blocks_q, self.config.block_q, self.K, self.G, *rest)
-        array = array.transpose(0, 3, 1, 4, 2, *range(5, array.ndim))
-        return array.reshape(self.B, self.K, self.blocks_q, self.G * self.config.block_q, *rest)
-
-    def ungroup_rows(self, array):
-        """[B * K, blocks, G * block_q, ...] -> [B, T, N, ...]."""
-        rest = array.shape[3:]
-        array = array.reshape(self.B, self.K, self.blocks_q, self.G, self.config.block_q, *rest)
-        array = array.transpose(0, 2, 4, 1, 3, *range(5, array.ndim))
-        return array.reshape(self.B, -1, self.N, *rest)[:, : self.T]
-
-    def _group_keys(self, array):
-        """[B, S, K, H] -> [B, K, blocks, block_k, H]."""
-        array = _pad(array, 1, self.blocks_k * self.config.block_k, 0)
-        return array.reshape(self.B, self.blocks_k, self.config.block_k, self.K, -1).transpose(0, 3, 1, 2, 4)
-
-    def ungroup_keys(self, array):
-        """[B * K, blocks, block_k, H] -> [B, S, K, H]."""
-        array = array.reshape(self.B, self.K, self.blocks_k * self.config.block_k, -1)
-        return array.transpose(0, 2, 1, 3)[:, : self.S]
-
-    def _pad_bias(self, bias):
-        for axis, length, blocks, block in (
-            (2, self.T, self.blocks_q, self.config.block_q),
-            (3, self.S, self.blocks_k, self.config.block_k),
-        ):
-            if bias.shape[axis] == length and length > 1:
-                bias = _pad(bias, axis, blocks * block, 0)
-        return bias
-
     def _bias_tile_shape(self):
         most = (1, self.G, self.config.block_q, self.config.block_k)
         return tuple(1 if n == 1 else m for n, m in zip(self.bias.shape, most, strict=True))
 
     def _bias_start(self, b, k, i, j):
-        start = (b, k * self.G, i * self.config.block_q, j * self.config.block_k)
-        start = [0 if n == 1 else x for n, x in zip(self.bias.shape, start, strict=True)]
-        return [jnp.asarray(x, jnp.int32) for x in start]  # one type for all, also where x64 makes some int64
+        start = (b, k * self.G, self.start_q(i), self.start_k(j))
+        return _indices(*(0 if n == 1 else x for n, x in zip(self.bias.shape, start, strict=True)))
 
     def zero_bias(self):
         return None if self.bias is None else jnp.zeros(self.bias.shape, self.dtype)
@@ -375,6 +412,6 @@ class _Groups:
         if d_bias is None:
             return None
         shape, start = self._bias_tile_shape(), self._bias_start(b, k, i, j)
-        ds = ds.reshape(1, self.G, self.config.block_q, self.config.block_k)
+        ds = ds.reshape(1, self.config.block_q, self.G, self.config.block_k).swapaxes(1, 2)
         ds = ds.sum([axis for axis in range(4) if shape[axis] == 1], keepdims=True)
         return lax.dynamic_update_slice(d_bias, lax.dynamic_slice(d_bias, start, shape) + ds, start)
