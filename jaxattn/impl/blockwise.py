@@ -69,15 +69,15 @@ class Blockwise(Implementation):
 ROWS = (2048, 1024, 512, 256, 128)  # query rows of a tile, over the G heads of its group; the first of equals is taken
 SCORES = 2**20  # of a tile at most: four megabytes in float32
 KEYS = 128, 8192  # of a tile, at least and at most
-ALONE = 2**17  # XLA multiplies tiles with fewer scores on one core
-STARTING = 20_000  # what the operations of one tile cost to start, in scores
+SHARING = 50_000  # what sharing a tile among cores costs, in scores; small ones stay on one core
+STARTING = 10_000  # what the operations of a tile cost to start, in scores
 MASKING = 0.15  # what masking a score costs beside computing it
 
 
 def default_blocks(mask, T: int, S: int, G: int) -> tuple[int, int]:
     """The tile sizes with the least work by a simple model.
 
-    work of a tile = its scores, twice where they are fewer than `ALONE`, 15% more where it is PARTIAL, + `STARTING`.
+    work of a tile = the smaller of scores + `SHARING` and 2 * scores, + `MASKING` * scores if PARTIAL, + `STARTING`.
     Full attention takes large tiles, a narrow window small ones, a causal mask those between, for it computes half of
     the tiles on its diagonal in vain; few queries (decoding) take long ones. `python -m bench cpu --sweep` measures
     what the model says.
@@ -99,8 +99,9 @@ def default_blocks(mask, T: int, S: int, G: int) -> tuple[int, int]:
             if not isinstance(codes, np.ndarray):
                 return default_blocks(Causal(S - T), T, S, G)
             partial, full = (int((codes == kind).sum()) for kind in (PARTIAL, FULL))
-            scores = G * block_q * block_k * (1 if G * block_q * block_k >= ALONE else 2)
-            work = scores * ((1 + MASKING) * partial + full) + STARTING * (partial + full)
+            scores = G * block_q * block_k
+            tile = min(scores + SHARING, 2 * scores) + STARTING
+            work = (partial + full) * tile + partial * MASKING * scores
             if work < least:
                 best, least = (block_q, block_k), work
     return best
@@ -145,11 +146,14 @@ def _attention_bwd(config, residuals, cotangents):
 def _visits(config, query, key, mask):
     """(counts, columns) of the PARTIAL and of the FULL key blocks of each query block: as operands, for sharding.
 
-    None for a kind that is known to have no tiles: its loop is not even compiled.
+    None for a kind that is known to have no tiles: its loop is not even compiled. Lists have one column more than is
+    read: of a list of one, XLA would compute the tile before the loop, also where the loop has nothing to do.
     """
     plan = tiles.plan(mask, query.shape[1], key.shape[1], config.block_q, config.block_k, key.shape[2])
     return tuple(
-        None if isinstance(x.count, np.ndarray) and not x.count.any() else (jnp.asarray(x.count), jnp.asarray(x.index))
+        None
+        if isinstance(x.count, np.ndarray) and not x.count.any()
+        else (jnp.asarray(x.count), jnp.concatenate([x.index, x.index[..., -1:]], axis=-1))
         for x in (plan.partial, plan.full)
     )
 
