@@ -246,7 +246,8 @@ class Session:
         if gradients:
             dq, dk, dv = gradients
             saved |= {"dq": dq[:, rows], "dk": dk, "dv": dv}
-        return saved
+        # A file of arrays knows no bfloat16; float32 holds all of its numbers.
+        return {name: x.astype(np.promote_types(x.dtype, np.float32)) for name, x in saved.items()}
 
     def memory_bytes(self) -> int:
         return resident_bytes("VmRSS")

@@ -19,11 +19,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench import cases, gpu, measure, report, results, run
+from bench import cases, gpu, measure, pairs, results, run
 from jaxattn import Blockwise, Causal, Full, Window, dot_product_attention
 from jaxattn.impl.blockwise import default_blocks
 
-OURS, TORCH = "jaxattn-blockwise", "torch-sdpa-flash"
 PAIRS = 5
 PRODUCT = 2048  # rows and columns of the matrix product
 
@@ -39,7 +38,7 @@ class Part:
 
 
 def _case(name: str, heads: int, kv_heads: int, head_dim: int, lengths, masks, **others) -> cases.Case:
-    implementations = (OURS, TORCH) if set(masks) <= {"causal", "full"} else (OURS,)
+    implementations = (pairs.OURS, pairs.TORCH) if set(masks) <= {"causal", "full"} else (pairs.OURS,)
     return cases.Case(
         name=name,
         title=f"N={heads} K={kv_heads} H={head_dim}",
@@ -100,62 +99,6 @@ def product_flops_per_s() -> float:
     return 2 * PRODUCT**3 / min(seconds[1:])
 
 
-@dataclasses.dataclass(frozen=True)
-class Pairs:
-    """One row of ours and its torch row. ratios: torch's time over ours, pair by pair; share: of the product's rate."""
-
-    row: dict
-    ratios: tuple[float, ...]
-    share: float
-
-    @property
-    def ratio(self) -> float | None:
-        return statistics.median(self.ratios) if self.ratios else None
-
-
-def pairs(data: dict) -> list[Pairs]:
-    """The rows of ours in a results file with their ratios to torch."""
-    torch = {results.key(row)[:-1]: row for row in data["rows"] if row["implementation"] == TORCH}
-    found = []
-    for row in data["rows"]:
-        if row["implementation"] == OURS and results.measured(row):
-            beside = torch.get(results.key(row)[:-1], {})
-            other = beside["times_s"] if results.measured(beside) else []
-            ratios = tuple(b / a for a, b in zip(row["times_s"], other, strict=False))
-            rate = row["flops"] / statistics.median(row["times_s"])
-            found.append(Pairs(row, ratios, rate / data["product_flops_per_s"]))
-    return found
-
-
-def table(data: dict) -> str:
-    """The ratios as Markdown."""
-    lines = [
-        ("N, K, H", "mask", "dtype, direction", "T x S", "ours ms", "torch time / ours", "pairs", "of the product"),
-        ("---", "---", "---", "---:", "---:", "---:", "---:", "---:"),
-    ]
-    for pair in pairs(data):
-        row = pair.row
-        low_high = f" ({min(pair.ratios):.2f} to {max(pair.ratios):.2f})" if pair.ratios else ""
-        lines.append(
-            (
-                f"{row['heads']}, {row['kv_heads']}, {row['head_dim']}",
-                row["mask"],
-                f"{row['dtype']}, {'forward' if row['direction'] == 'forward' else 'forward + backward'}",
-                f"{row['queries']} x {row['keys']}",
-                report.number(results.summary(row).time_ms),
-                f"{pair.ratio:.2f}{low_high}" if pair.ratios else "",
-                str(len(pair.ratios) or len(row["times_s"])),
-                f"{pair.share:.2f}" if row["dtype"] == "float32" else "",
-            )
-        )
-    found = data["environment"]
-    title = (
-        f"{found['device_name']}, {data['settings']['threads']} threads, {data['date'][:10]}; JAX's product of "
-        f"{PRODUCT} x {PRODUCT} float32 matrices: {report.number(data['product_flops_per_s'], 1e9)} GFLOP/s.\n\n"
-    )
-    return title + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
 # Where the rule of block sizes is tried: (T, S, N, K, H, mask).
 SWEEP = (
     (4096, 4096, 8, 8, 64, Causal()),
@@ -164,7 +107,7 @@ SWEEP = (
     (16384, 16384, 8, 8, 64, Window(255, 0)),
     (1, 16384, 32, 8, 64, Full()),
 )
-BLOCKS = tuple((rows, block_k) for rows in (128, 256, 512, 1024) for block_k in (128, 256, 512, 1024))
+BLOCKS = tuple((rows, block_k) for rows in (128, 256, 512, 1024, 2048) for block_k in (128, 256, 512, 1024, 8192))
 
 
 def sweep(rounds: int) -> None:
@@ -246,8 +189,12 @@ def main(argv: list[str]) -> int:
         except KeyboardInterrupt:
             print(f"Stopped. To go on: {command} --resume {shlex.quote(str(folder))}")
             return 130
-    print(table(data))
+    print(pairs.table(data), *pairs.findings(data), sep="\n")
     measure.finish(data, folder, traffic=False)
+    try:
+        print(pairs.draw(data, folder / "pairs.png"))
+    except ImportError as error:
+        print(f"No figure of the pairs: {error}")
     if options.publish:
         print(f"Published: {gpu.publish_part(folder, run.ROOT / 'bench/results/cpu/pairs')}")
     return int(any(row["status"] == "wrong" for row in data["rows"]))

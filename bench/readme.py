@@ -2,7 +2,8 @@
 
 Design fact: a table stands in the README between two comments that name its source,
 `<!-- bench: cpu/cases llama-3.2-1b -->` and `<!-- /bench -->`; everything between them is made from
-`bench/results/cpu/cases/results.json`, so a test can say whether the README and the results agree.
+`bench/results/cpu/cases/results.json`, so a test can say whether the README and the results agree. The case `pairs`
+is the table of `python -m bench cpu`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import argparse
 import re
 from pathlib import Path
 
-from bench import plot, report, results
+from bench import pairs, plot, report, results
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK = re.compile(r"(<!-- bench: (\S+) (\S+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
@@ -61,8 +62,10 @@ def updated(text: str, root: Path) -> tuple[str, int]:
     """
 
     def make(match: re.Match) -> str:
-        folder = f"bench/results/{match.group(2)}"
-        return match.group(1) + table(results.load(root / folder), match.group(3), folder) + match.group(4)
+        folder, case = f"bench/results/{match.group(2)}", match.group(3)
+        data = results.load(root / folder)
+        made = pairs.markdown(data, folder) if case == "pairs" else table(data, case, folder)
+        return match.group(1) + made + match.group(4)
 
     return BLOCK.subn(make, text)
 

@@ -15,6 +15,7 @@ from tolerance import assert_close
 from jaxattn import Blockwise, Causal, Dense, Full, Lengths, SegmentIds, Window, dot_product_attention, merge, tiles
 from jaxattn.impl import blockwise
 from jaxattn.masks import EMPTY, PARTIAL
+from jaxattn.profiler import profile
 
 
 def random(shape, seed, dtype="float32"):
@@ -310,3 +311,16 @@ def test_one_bias_for_all_batch_elements_adds_its_gradient_up_over_devices(batch
     bias = jax.device_put(arrays[3], NamedSharding(mesh, P()))
     result = forward_and_gradients(Blockwise(8, 8), Causal(), *sharded, bias)
     assert_close(jax.device_get(result), jax.device_get(expected), "gradient")
+
+
+def test_a_query_block_without_full_tiles_computes_none():
+    def gradient(mask, *arrays):
+        def f(*arrays):
+            return dot_product_attention(*arrays, mask=mask, implementation=Blockwise(32, 32))
+
+        out, pullback = jax.vjp(f, *arrays)
+        return pullback(out)
+
+    arrays = operands(B=1, T=64, S=64, N=2, K=2, H=64)  # two of four tiles are PARTIAL, one is FULL, one EMPTY
+    causal, full = (profile(functools.partial(gradient, mask), *arrays).flops for mask in (Causal(), Full()))
+    assert 0.7 * full < causal < 0.8 * full

@@ -25,7 +25,7 @@ from jaxattn import (
     strided,
 )
 from jaxattn.masks import EMPTY, FULL, PARTIAL
-from jaxattn.tiles import Plan, plan, tile_codes
+from jaxattn.tiles import Plan, plan, reads_every_key, tile_codes
 
 SIZES = st.sampled_from([(12, 12, 4, 4), (12, 12, 3, 5), (9, 20, 4, 3), (1, 17, 1, 4), (17, 5, 8, 8), (7, 7, 16, 16)])
 
@@ -264,3 +264,30 @@ def test_a_long_sequence_is_planned_without_its_pairs():
     T = 1 << 20
     p = plan(sliding_window(4096) & Dilated(2), T, T, 1024, 1024)
     assert p.visited == 1024 + 1023 + 1022 + 1021 + 1020
+
+
+@settings(max_examples=200)
+@given(expressions(), st.integers(1, 12), st.integers(1, 20))
+def test_a_key_that_no_query_reads_is_never_overlooked(mask, T, S):
+    if reads_every_key(mask, T, S):
+        assert np.asarray(mask.to_array(T, S)).any(-2).all()
+
+
+@pytest.mark.parametrize(
+    ("mask", "T", "S", "known"),
+    [
+        (Full(), 1, 9, True),
+        (Causal(), 9, 9, True),
+        (Causal(), 9, 5, True),
+        (Causal(4), 5, 9, True),
+        (Window(2, 0), 300, 300, True),
+        (longformer(3, 1), 20, 20, True),
+        (Causal(), 5, 9, False),
+        (Causal(-1), 9, 9, False),
+        (Lengths(None, 4), 9, 9, False),
+        (Causal(np.array([0])), 9, 9, False),
+    ],
+    ids=str,
+)
+def test_the_usual_masks_are_known_to_read_every_key(mask, T, S, known):
+    assert reads_every_key(mask, T, S) is known
