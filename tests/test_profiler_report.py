@@ -13,7 +13,7 @@ import jaxattn
 from bench import counters, traffic
 from jaxattn.profiler import Report, profile
 from jaxattn.profiler import compile as compiling
-from jaxattn.profiler.report import format_bytes
+from jaxattn.profiler.report import Traffic, format_bytes
 
 
 def shape(*dims, dtype=jnp.float32):
@@ -134,6 +134,22 @@ def test_slice_behind_arithmetic_counts_what_it_touches():
         return lax.dynamic_slice(jnp.sin(x) * 3, (i, 0), (4, 64))
 
     assert profile(fn, shape(4096, 64), shape(dtype=jnp.int32)).requested.read < 4096
+
+
+def test_an_update_counts_the_whole_array_where_a_new_one_is_made():
+    whole, part, index = 256 * 64 * 4, 4 * 64 * 4, 4
+    x, update, i = shape(256, 64), shape(4, 64), shape(dtype=jnp.int32)
+
+    def updated_sine(x, u, i):
+        return lax.dynamic_update_slice(jnp.sin(x), u * 2, (i, 0))
+
+    def twice_the_updated(x, u, i):
+        return lax.dynamic_update_slice(x, u, (i, 0)) * 2
+
+    for fn in (updated_sine, twice_the_updated):
+        assert profile(fn, x, update, i).requested == Traffic(whole + part + index, whole)
+    in_place = jax.jit(lambda x, u, i: lax.dynamic_update_slice(x, u * 2, (i, 0)), donate_argnums=0)
+    assert profile(in_place, x, update, i).requested == Traffic(part + index, part)
 
 
 def test_a_small_transformers_training_step_is_profiled_in_5_seconds_over_its_compile_time():

@@ -78,18 +78,18 @@ class _Profile:
 
     def label(self, instruction: Instruction) -> int | None:
         """The equation that a loop or conditional of the module came from."""
-        kinds = ("cond",) if instruction.opcode == "conditional" else ("while", "scan")
-        for label in reversed(program.labels(instruction.op_name)):
-            return label if label in self.traced.sites and self.traced.sites[label].kind in kinds else None
-        # Some passes rebuild a loop without its name; its body still has it.
-        part = "branch" if instruction.opcode == "conditional" else "(?:body|cond)"
-        primitive = "cond" if instruction.opcode == "conditional" else "while"
-        found: Counter[int] = Counter()
-        for computation in instruction.called:
-            for inner in computation.instructions:
-                names = re.findall(rf"#(\d+)\)?/{primitive}/{part}", inner.op_name)
-                found.update(int(n) for n in names[:1])
-        return found.most_common(1)[0][0] if len(found) == 1 else None
+        is_branch = instruction.opcode == "conditional"
+        kinds, primitive = (("cond",), "cond") if is_branch else (("while", "scan"), "while")
+        if instruction.op_name:  # what XLA makes inside a loop (a scatter's, a random number's) has a longer name
+            named = re.search(rf"#(\d+)\)*/{primitive}$", instruction.op_name)
+            label = int(named[1]) if named else None
+        else:  # some passes rebuild a loop without its name; what it runs still has it
+            part = rf"#(\d+)\)*/{primitive}/{'branch' if is_branch else '(?:body|cond)'}"
+            inside = (i.op_name for computation in instruction.called for i in computation.instructions)
+            found = [names for names in (re.findall(part, name) for name in inside) if names]
+            own = min(found, key=len, default=[])
+            label = int(own[-1]) if own and all(names[: len(own)] == own for names in found) else None
+        return label if label in self.traced.sites and self.traced.sites[label].kind in kinds else None
 
     def pallas_kernels(self) -> dict[Instruction, int]:
         """Custom calls that stand for Pallas kernels, with their labels."""
@@ -135,6 +135,8 @@ class _Profile:
         dram, notes = self.dram(times)
         if self.measured.was_run:
             notes.insert(0, "The program was run once, cut down to its control flow, to count loops and branches.")
+        if self.compiled.devices > 1:
+            notes.insert(0, f"The program is partitioned over {self.compiled.devices} devices: figures are of one.")
         for label, kernel in self.kernel_traffic.items():
             notes += [f"Pallas kernel {self.kernel_name(label)}: {reason}" for reason in kernel.reasons]
         notes += more_notes
@@ -198,7 +200,9 @@ class _Profile:
     def describe(self, instruction: Instruction) -> str:
         where = self.module.source(instruction) or program.without_labels(instruction.op_name)
         what = "loop" if instruction.opcode == "while" else "branch"
-        return f"{what} {instruction.name} at {where}: how often it runs depends on values that were not given"
+        missing = self.labels.get(instruction) in self.measured.missing
+        why = "depends on values that were not given" if missing else "could not be counted"
+        return f"{what} {instruction.name} at {where}: how often it runs {why}"
 
     def compulsory(self) -> Traffic:
         """Live inputs and outputs, each whole, once."""
