@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from jaxattn.profiler import l2, pallas, private_jax, program, resources, targets, traffic, trips
+from jaxattn.profiler import l2, pallas, program, resources, targets, traffic, trips
 from jaxattn.profiler.compile import Compiled, compile_for, compile_here, find_wheels
 from jaxattn.profiler.hlo import Instruction
 from jaxattn.profiler.report import Dram, DramTraffic, Interval, Report, Row, Traffic
@@ -54,6 +54,11 @@ def profile(fn, *args, target: str | None = None, wheels: Path | str | None = No
     return found.report(tuple(f"Pallas kernel {kernel}" for kernel in taken))
 
 
+# Custom calls that run code of a kernel's own; a callback is one of ours where it stands for a kernel.
+_KERNEL_CODE = re.compile("triton|mosaic")
+_CALLBACK = re.compile("python_[a-z]*_?callback")
+
+
 class _Profile:
     def __init__(self, traced: program.Program, compiled: Compiled, facts: targets.Target):
         self.traced, self.compiled, self.facts = traced, compiled, facts
@@ -97,7 +102,7 @@ class _Profile:
         for instruction in self.instructions:
             if instruction.opcode == "custom-call":
                 for label in reversed(program.labels(instruction.op_name)):
-                    if label in self.traced.sites and self.traced.sites[label].kind == "pallas_call":
+                    if label in self.traced.sites and self.traced.sites[label].kind in program.KERNELS:
                         out[instruction] = label
                         break
         return out
@@ -166,13 +171,18 @@ class _Profile:
             kernel = self.kernel_traffic[label]
             read, written, flops = sum(kernel.read.values()), sum(kernel.written.values()), kernel.flops
             name, opcode, confidence = self.kernel_name(label), "pallas_call", kernel.confidence
-            source = private_jax.user_line(self.traced.sites[label].equation.source_info) or source
+            source = pallas.source(self.traced.sites[label].equation)
             if confidence == "unknown":
                 unknown.append(f"Pallas kernel {name}: {kernel.reasons[0]}")
         else:
             cost = traffic.cost(instruction)
             read, written, flops, confidence = cost.read, cost.written, cost.flops, cost.confidence
             name, opcode = instruction.name, instruction.opcode
+            if self.is_strange_kernel(instruction):
+                read, written, flops, confidence = 0, 0, 0, "unknown"
+                unknown.append(
+                    f"kernel {name} ({instruction.custom_call_target}): it is no Pallas kernel of the program"
+                )
         if calls is None:
             confidence = "unknown"
         return Row(
@@ -189,13 +199,20 @@ class _Profile:
             flops=flops * (calls or 0),
         )
 
+    def is_strange_kernel(self, instruction: Instruction) -> bool:
+        """Whether a custom call runs a kernel that there is no code of: its operands say little of its bytes."""
+        if instruction.opcode != "custom-call" or instruction in self.kernels:
+            return False
+        lost = bool(_CALLBACK.search(instruction.custom_call_target)) and not instruction.op_name
+        return lost or bool(_KERNEL_CODE.search(instruction.custom_call_target))
+
     def kernel_names(self) -> set[str]:
         """Names under which the module's Pallas kernels were compiled."""
         return {self.kernel_name(label) for label in self.kernel_traffic}
 
     def kernel_name(self, label: int) -> str:
-        params = self.traced.sites[label].equation.params
-        return str(params.get("name") or params["jaxpr"].debug_info.func_name)
+        equation = self.traced.sites[label].equation
+        return str(equation.params.get("name") or pallas.body(equation).debug_info.func_name)
 
     def describe(self, instruction: Instruction) -> str:
         where = self.module.source(instruction) or program.without_labels(instruction.op_name)

@@ -16,7 +16,7 @@ from jax import lax
 from jax.extend import core
 
 from jaxattn.profiler import private_jax
-from jaxattn.profiler.program import Program, inner_jaxprs, label_of
+from jaxattn.profiler.program import KERNELS, Program, inner_jaxprs, label_of
 
 _CALLS = frozenset(["jit", "pjit", "closed_call", "core_call", "remat", "checkpoint", "remat2",
                     "custom_jvp_call", "custom_vjp_call", "custom_vmap_call", "custom_partitioning",
@@ -76,7 +76,7 @@ def measure(program: Program, wanted: Iterable[int], operands: dict[int, tuple[i
     loops, branches, values = {}, {}, {}
     for label, counter in counters.items():
         kind = program.sites[label].kind
-        if kind == "pallas_call":
+        if kind in KERNELS:
             values[label] = dict(zip(taps[label], counter, strict=True))
         elif label in labels and kind == "cond":
             branches[label] = tuple(int(c) for c in counter)
@@ -142,7 +142,7 @@ class Cut:
         if kind == "cond":
             used = [self.inputs(b, asked) for b in params["branches"]]
             return [True, *(any(u) for u in zip(*used, strict=True))]
-        if kind == "pallas_call" and label_of(equation) in self.taps and not any(asked):
+        if kind in KERNELS and label_of(equation) in self.taps and not any(asked):
             return [i in self.taps[label_of(equation)] for i in range(len(equation.invars))]
         inner = called(equation)
         if inner is not None:
@@ -198,11 +198,12 @@ class Cut:
             return self.run_scan(equation, label, arguments, asked, counters)
         if kind == "cond":
             return self.run_cond(equation, label, arguments, asked, counters)
-        if kind == "pallas_call":
+        if kind in KERNELS:
             if label in self.taps:
                 counters = {**counters, label: tuple(jnp.asarray(arguments[i]) for i in self.taps[label])}
             if not any(asked):
                 return [None] * len(asked), counters
+        if kind == "pallas_call":
             equation = equation.replace(params={**equation.params, "interpret": True})
         inner = called(equation)
         if inner is not None:
