@@ -61,18 +61,18 @@ class Cache:
             self.written += sum(last - first for first, last in dirty)
 
     def stream(self, accesses: list[tuple[int, int, int, bool]]) -> None:
-        """A kernel reads and writes ranges side by side: (allocation, start, stop, is a write)."""
+        """A kernel reads and writes ranges side by side, none of them empty: (allocation, start, stop, is a write)."""
         chunk = self.chunk
-        counts = [-(-stop // chunk) - start // chunk if stop > start else 0 for _, start, stop, _ in accesses]
-        longest = max(counts, default=0)
+        counts = [(stop - 1) // chunk - start // chunk + 1 for _, start, stop, _ in accesses]
+        longest = max(counts)
+        if longest == 1:
+            for access in accesses:
+                self.touch(*access)
+            return
         total = sum(stop - start for _, start, stop, _ in accesses)
         edge = longest
         if total > 8 * self.capacity:  # what lies between finds nothing and leaves nothing
             edge = max(1, round(2 * self.capacity / total * longest))
-        if longest <= 1:
-            for access in accesses:
-                self.touch(*access)
-            return
         touched = [0] * len(accesses)
         for step in range(longest) if 2 * edge >= longest else [*range(edge), *range(longest - edge, longest)]:
             for i, (allocation, start, stop, is_write) in enumerate(accesses):
@@ -323,7 +323,8 @@ class Replay:
                         else self.home(instruction, leaves[number - n])
                     )
                     ranges.append((home.allocation, home.offset + start, home.offset + stop, is_write))
-                self.emit(ranges)
+                if ranges:
+                    self.emit(ranges)
             return
         ranges = []
         for access in self.accesses(instruction):
