@@ -418,6 +418,45 @@ def test_a_scan_reads_each_slice_once():
     assert cold.written < 2 * MB  # the carry stays in the cache
 
 
+@pytest.mark.parametrize("capacity", [2 * MB, 64 * MB])
+def test_a_long_loop_that_is_cut_short_moves_what_the_whole_one_does(monkeypatch, capacity):
+    def fn(xs, w):
+        return lax.scan(lambda c, x: (jnp.tanh(c @ w) + x, c), jnp.zeros((64, 128)), xs)
+
+    arguments = shape(200, 64, 128), shape(128, 128)
+    whole = replayed(fn, *arguments, capacity=capacity)
+    monkeypatch.setattr(l2, "_BUDGET", 100)
+    short = replayed(fn, *arguments, capacity=capacity)
+    streamed = 200 * 64 * 128 * F32
+    assert whole[0].read == pytest.approx(streamed, rel=0.03)
+    passes = 2 if capacity < streamed else 1  # XLA fills the stacked outputs with zeros first
+    assert whole[0].written == pytest.approx(passes * streamed, rel=0.03)
+    assert whole[1].read == pytest.approx(streamed if capacity < streamed else 0, rel=0.03)
+    for long, cut in zip(whole, short, strict=True):
+        assert dataclasses.astuple(cut) == pytest.approx(dataclasses.astuple(long), rel=0.03, abs=MB / 16)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "read", "written"),
+    [  # reads and writes of whole arrays, in units of the cache's capacity
+        ([{"a": 2}] * 3, 6, 0),  # larger than the cache: nothing of it is left when it is read again
+        ([{"a": 0.5}] * 3, 0.5, 0),
+        ([{"A": 2}], 0, 2),
+        ([{"A": 0.5}, {"a": 0.5}, {"A": 0.5}], 0, 0.5),
+        ([{"a": 4, "B": 4}], 4, 4),
+        ([{"a": 100, "B": 50}, {"a": 0.25}], 100.25, 50),
+        ([{"a": 0.25}, {"b": 0.5}, {"a": 0.25}, {"c": 0.5}] * 8, 0.25 + 16 * 0.5, 0),  # a stays: b and c do not
+    ],
+)
+def test_the_cache_moves_what_can_be_worked_out_by_hand(kernels, read, written):
+    capacity = 1 << 20
+    cache = l2.Cache(capacity, 8192)
+    for kernel in kernels:
+        cache.stream([(ord(name.lower()), 0, int(n * capacity), name.isupper()) for name, n in kernel.items()])
+    assert cache.read == read * capacity
+    assert cache.written + cache.dirty == written * capacity
+
+
 def test_separate_ranges_of_a_line_are_not_taken_for_one():
     cache = l2.Cache(1 << 20, 4096)
     for start in (0, 2048, 1024, 0):
