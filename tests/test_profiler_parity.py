@@ -217,6 +217,29 @@ def histogram(x):
     return jnp.histogram(x, bins=10)[0]
 
 
+@program(shape(1000), shape(1000, dtype=jnp.int32), shape(1000, dtype=jnp.bfloat16))
+def sort_of_three(x, y, z):
+    return lax.sort((x, y, z), num_keys=2)
+
+
+@program(shape(2, 16, 16, 8), shape(3, 3, 4, 16))
+def grouped_convolution(x, kernel):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers, feature_group_count=2)
+
+
+@program(shape(1024, dtype=jnp.int4), shape(1024, dtype=jnp.bool_), shape(0, 1024))
+def packed_and_empty(x, which, nothing):
+    return jnp.where(which, x, -x), nothing.sum(0)
+
+
+@program(shape(64, 32))
+def all_reduce(x):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("x",))
+    rows, whole = jax.sharding.PartitionSpec("x"), jax.sharding.PartitionSpec()
+    return jax.shard_map(lambda x: lax.psum(jnp.sin(x), "x"), mesh=mesh, in_specs=rows, out_specs=whole)(x)
+
+
 @program(shape(64, 32), shape(32, 10), shape(64, dtype=jnp.int32))
 def cross_entropy_step(x, w, y):
     def loss(w):
