@@ -18,6 +18,7 @@ from jaxattn.profiler.traffic import Access, LoopRuns
 
 _CHUNKS = 128  # pieces of the cache that are replaced as one
 _BUDGET = 60_000  # kernel accesses replayed one by one; loops beyond are extrapolated from their second or third step
+_WAVES = 1024  # of one launch that are replayed at most; larger grids run in larger waves
 _SECTOR = 32  # bytes: less than that, in a loop, is a counter or a bound
 _LARGEST_TABLE, _LARGEST_VALUE = 1 << 20, 1 << 12  # elements: constants that are read, arrays that are computed
 
@@ -571,15 +572,16 @@ def _literal(constant: Instruction):
 
 
 def waves(touches, cores: int) -> tuple[Wave, ...]:
-    """The touches of a Pallas kernel's grid, in groups of as many thread blocks as there are cores."""
+    """The touches of a Pallas kernel's grid, in groups of at least as many thread blocks as there are cores."""
     if not touches:
         return ()
     points = len(touches[0].bytes)
+    together = max(cores, -(-points // _WAVES))
     out = []
-    for first in range(0, points, cores):
+    for first in range(0, points, together):
         ranges = []
         for touch in touches:
-            part = slice(first, first + cores)
+            part = slice(first, first + together)
             here = touch.bytes[part] > 0
             if not here.any():
                 continue
