@@ -171,7 +171,10 @@ def _scoped(equation) -> core.Jaxpr:
 
 @dataclasses.dataclass(frozen=True)
 class _Memory:
-    """A load, a store, or both: the reference is the equation's input `number`, `values` are those stored."""
+    """A load, a store, or both, of the reference that is the equation's input `number`.
+
+    `shared_by` names the axes of a cluster for whose blocks one copy serves.
+    """
 
     transforms: Any
     mask: Any
