@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from jax import lax
 
-from jaxattn.profiler import profile
+from jaxattn.profiler import hlo, profile, traffic
 
 F32 = 4
 
@@ -239,6 +239,25 @@ def test_a_loop_that_the_counting_run_does_not_get_to_is_unknown_with_its_reason
     (unknown,) = report.unknown
     assert "how often it runs could not be counted" in unknown
     assert any("2 devices" in note for note in report.notes)
+
+
+def test_a_measured_loop_of_a_computation_that_is_called_twice_is_not_counted_twice():
+    def make(opcode, *called, name="x", scalar=False):
+        kind = hlo.Shape(1) if scalar else hlo.Shape(13)
+        made = hlo.Instruction(0, name, opcode, kind, "", 0, {}, called=list(called))
+        return hlo.Computation(0, name, [made], made, is_fusion=False), made
+
+    condition, _ = make("compare", scalar=True)
+    body, _ = make("tuple")
+    shared, loop = make("while", condition, body)
+    entry, call = make("call", shared)
+    entry.instructions = [call, make("call", shared)[1]]
+    module = hlo.Module("m", entry, [entry, shared, condition, body], {})
+    times, unknown = traffic.runs(module, lambda i: traffic.LoopRuns(2, 10), lambda i: None)
+    assert (times[body], unknown) == (None, [loop])
+    entry.instructions = [call]
+    times, unknown = traffic.runs(module, lambda i: traffic.LoopRuns(2, 10), lambda i: None)
+    assert (times[body], times[condition], unknown) == (10, 12, [])
 
 
 def test_two_calls_of_one_function_are_counted_apart():

@@ -341,6 +341,14 @@ def runs(
     """
     total: dict[Computation, Runs] = {}
     unknown: list[Instruction] = []
+    measured_once: set[Instruction] = set()
+
+    def measured(instruction: Instruction, counts: Callable):
+        """What was measured of the whole program, for the first that asks: to whom else it belongs cannot be told."""
+        if instruction in measured_once:
+            return None
+        measured_once.add(instruction)
+        return counts(instruction)
 
     def visit(computation: Computation, times: Runs) -> None:
         before = total.get(computation, 0)
@@ -349,22 +357,21 @@ def runs(
             if instruction.opcode == "while":
                 condition, body = while_parts(instruction)
                 count = instruction.trip_count
-                measured = loop(instruction) if count is None else None
                 if times == 0:
                     visit(body, 0)
                     visit(condition, 0)
                 elif count is not None:
                     visit(body, None if times is None else times * count)
                     visit(condition, None if times is None else times * (count + 1))
-                elif measured is not None:
-                    visit(body, measured.body)
-                    visit(condition, measured.body + measured.entered)
+                elif (found := measured(instruction, loop)) is not None:
+                    visit(body, found.body)
+                    visit(condition, found.body + found.entered)
                 else:
                     unknown.append(instruction)
                     visit(body, None)
                     visit(condition, None)
             elif instruction.opcode == "conditional":
-                taken = (0,) * len(instruction.called) if times == 0 else branches(instruction)
+                taken = (0,) * len(instruction.called) if times == 0 else measured(instruction, branches)
                 if taken is None or len(taken) != len(instruction.called):
                     unknown.append(instruction)
                     taken = (None,) * len(instruction.called)
