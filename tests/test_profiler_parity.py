@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from jaxattn.profiler import hlo, parity, profile
+from jaxattn.profiler import hlo, parity, profile, wire
 
 PROGRAMS = {}
 # The rest of the suite leaves out XLA's fusion emitters, for time; here the modules are those that a user gets.
@@ -217,6 +217,29 @@ def histogram(x):
     return jnp.histogram(x, bins=10)[0]
 
 
+@program(shape(1000), shape(1000, dtype=jnp.int32), shape(1000, dtype=jnp.bfloat16))
+def sort_of_three(x, y, z):
+    return lax.sort((x, y, z), num_keys=2)
+
+
+@program(shape(2, 16, 16, 8), shape(3, 3, 4, 16))
+def grouped_convolution(x, kernel):
+    numbers = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=numbers, feature_group_count=2)
+
+
+@program(shape(1024, dtype=jnp.int4), shape(1024, dtype=jnp.bool_), shape(0, 1024))
+def packed_and_empty(x, which, nothing):
+    return jnp.where(which, x, -x), nothing.sum(0)
+
+
+@program(shape(64, 32))
+def all_reduce(x):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("x",))
+    rows, whole = jax.sharding.PartitionSpec("x"), jax.sharding.PartitionSpec()
+    return jax.shard_map(lambda x: lax.psum(jnp.sin(x), "x"), mesh=mesh, in_specs=rows, out_specs=whole)(x)
+
+
 @program(shape(64, 32), shape(32, 10), shape(64, dtype=jnp.int32))
 def cross_entropy_step(x, w, y):
     def loss(w):
@@ -334,6 +357,45 @@ def test_a_truncated_module_raises():
     whole = raw.as_serialized_hlo_module_proto()
     with pytest.raises(ValueError, match="message"):
         hlo.parse(whole[: len(whole) // 2], raw.to_string())
+
+
+def _encoded(fields):
+    """The protocol-buffer message with these fields: what `wire.message` reads."""
+
+    def number(n):
+        n &= (1 << 64) - 1
+        out = []
+        while n >= 0x80:
+            out.append(n & 0x7F | 0x80)
+            n >>= 7
+        return bytes([*out, n])
+
+    def field(tag, value):
+        if isinstance(value, int):
+            return number(tag << 3) + number(value)
+        return number(tag << 3 | 2) + number(len(value)) + value
+
+    return b"".join(field(tag, value) for tag, values in fields.items() for value in values)
+
+
+def _without(fields, *path):
+    """The message less the last value of the field at this path of field numbers."""
+    tag, *rest = path
+    values = fields[tag]
+    last = [_encoded(_without(wire.message(values[-1]), *rest))] if rest else []
+    return {**fields, tag: [*values[:-1], *last]}
+
+
+DAMAGE = {"a computation": (3,), "an instruction": (3, 2), "the entry's name": (6,), "the schedule": (7,)}
+
+
+@pytest.mark.parametrize("path", DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_module_that_lost_a_part_raises(path):
+    raw = _module()
+    fields = wire.message(raw.as_serialized_hlo_module_proto())
+    hlo.parse(_encoded(fields), raw.to_string())  # whole, it is read
+    with pytest.raises(ValueError, match=r"lacks a part|schedule|instructions"):
+        hlo.parse(_encoded(_without(fields, *path)), raw.to_string())
 
 
 def test_source_lines_are_those_of_the_code():

@@ -11,9 +11,10 @@ from jax import lax
 
 import jaxattn
 from bench import counters, traffic
+from jaxattn.impl.triton import Triton
 from jaxattn.profiler import Report, profile
 from jaxattn.profiler import compile as compiling
-from jaxattn.profiler.report import format_bytes
+from jaxattn.profiler.report import Traffic, format_bytes
 
 
 def shape(*dims, dtype=jnp.float32):
@@ -97,13 +98,48 @@ def test_the_table_names_every_kind_of_number(report):
     assert report.rows[0].name in text
 
 
-def test_plot_is_saved(report, tmp_path):
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figure that was drawn last, kept open for the test."""
     pytest.importorskip("matplotlib").use("Agg")
+    import matplotlib.pyplot as plt
+
+    close = plt.close
+    monkeypatch.setattr(plt, "close", lambda figure=None: None)
+    yield plt.gcf
+    close("all")
+
+
+def test_the_plot_shows_the_largest_kernels_bytes_and_the_programs_place_under_the_roof(report, drawn, tmp_path):
+    rates = dataclasses.replace(report, peak_flops=1e15, bytes_per_s=4e12, target="some GPU")
+    rates.plot(tmp_path / "gpu.png", kernels=2)
+    assert (tmp_path / "gpu.png").read_bytes().startswith(b"\x89PNG")
+    bars, roof = drawn().axes
+    shown = report.rows[1::-1]  # the largest on top
+    assert [label.get_text() for label in bars.get_yticklabels()] == [f"{row.name} (1x)" for row in shown]
+    read, written = bars.containers
+    assert [bar.get_width() for bar in read] == [row.read / 1e6 for row in shown]
+    assert [bar.get_width() for bar in written] == [row.written / 1e6 for row in shown]
+    assert [bar.get_x() for bar in written] == [row.read / 1e6 for row in shown]
+    assert (read.get_label(), written.get_label()) == ("read", "written")
+    assert "MB" in bars.get_xlabel()
+    assert f"{format_bytes(report.requested.total)} requested" in bars.get_title()
+    limit, point, ridge = roof.get_lines()
+    (x,), (y,) = point.get_data()
+    assert x == pytest.approx(report.flops / report.dram.cold.total.low)
+    assert y == pytest.approx(min(1e15, x * 4e12) / 1e12)
+    assert "model" in point.get_label()
+    assert ridge.get_xdata() == [250, 250]
+    assert max(limit.get_ydata()) == pytest.approx(1000)
+    assert f"{rates.bound_us:.4g} us" in roof.get_title()
+
+
+def test_the_plot_for_a_device_without_known_rates_draws_no_roof(report, drawn, tmp_path):
     report.plot(tmp_path / "cpu.png")
-    rates = dataclasses.replace(report, peak_flops=1e15, bytes_per_s=4.8e12)
-    rates.plot(tmp_path / "gpu.png")
-    assert (tmp_path / "cpu.png").stat().st_size > 10_000
-    assert (tmp_path / "gpu.png").stat().st_size > 10_000
+    bars, roof = drawn().axes
+    assert len(bars.containers[0]) == len(report.rows)
+    assert "no peak rates known" in roof.texts[0].get_text()
+    assert not roof.get_lines()
 
 
 def test_bound_is_the_slower_of_memory_and_arithmetic(report):
@@ -136,6 +172,22 @@ def test_slice_behind_arithmetic_counts_what_it_touches():
     assert profile(fn, shape(4096, 64), shape(dtype=jnp.int32)).requested.read < 4096
 
 
+def test_an_update_counts_the_whole_array_where_a_new_one_is_made():
+    whole, part, index = 256 * 64 * 4, 4 * 64 * 4, 4
+    x, update, i = shape(256, 64), shape(4, 64), shape(dtype=jnp.int32)
+
+    def updated_sine(x, u, i):
+        return lax.dynamic_update_slice(jnp.sin(x), u * 2, (i, 0))
+
+    def twice_the_updated(x, u, i):
+        return lax.dynamic_update_slice(x, u, (i, 0)) * 2
+
+    for fn in (updated_sine, twice_the_updated):
+        assert profile(fn, x, update, i).requested == Traffic(whole + part + index, whole)
+    in_place = jax.jit(lambda x, u, i: lax.dynamic_update_slice(x, u * 2, (i, 0)), donate_argnums=0)
+    assert profile(in_place, x, update, i).requested == Traffic(part + index, part)
+
+
 def test_a_small_transformers_training_step_is_profiled_in_5_seconds_over_its_compile_time():
     def layer(x, w):
         q, k, v = (x @ w[name] for name in "qkv")
@@ -159,25 +211,34 @@ def test_a_small_transformers_training_step_is_profiled_in_5_seconds_over_its_co
     assert {row.calls for row in report.rows} >= {1, 6}
 
 
-@pytest.mark.parametrize("name", ["naive", "blockwise"])
-def test_attention_at_16384_is_profiled_in_2_seconds_over_its_compile_time(name):
+@pytest.mark.parametrize("name", ["naive", "blockwise", "triton"])
+def test_attention_and_its_gradient_at_16384_are_profiled_in_2_seconds_over_their_compile_time(name):
     x = shape(1, 16384, 8, 64, dtype=jnp.bfloat16)
+    implementation = Triton(platform="cuda") if name == "triton" else name
 
-    def attention(q, k, v):
-        return jaxattn.dot_product_attention(q, k, v, is_causal=True, implementation=name)
+    def gradient(q, k, v):
+        def loss(q, k, v):
+            output = jaxattn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
+            return output.astype(jnp.float32).sum()
 
+        return jax.value_and_grad(loss, (0, 1, 2))(q, k, v)
+
+    compiled = 0.0
+    if name != "triton":  # its kernels compile on no CPU
+        start = time.process_time()
+        jax.jit(gradient).lower(x, x, x).compile()
+        compiled = time.process_time() - start
+        jax.clear_caches()
     start = time.process_time()
-    jax.jit(attention).lower(x, x, x).compile()
-    compiled = time.process_time() - start
-    jax.clear_caches()
-    start = time.process_time()
-    report = profile(attention, x, x, x)
+    report = profile(gradient, x, x, x)
     assert time.process_time() - start < compiled + 2
     assert report.requested.total > 1e9
     assert not report.unknown
 
 
 # --- bench traffic
+
+FLOOR = "inputs + output, once"
 
 
 def traffic_data(**changes):
@@ -227,11 +288,37 @@ def test_traffic_names_what_could_not_be_compiled():
     assert "ImportError: x" in traffic.table(data)
 
 
-def test_traffic_picture_is_drawn_from_its_json_alone(tmp_path):
-    pytest.importorskip("matplotlib")
-    (tmp_path / "traffic.json").write_text(json.dumps(traffic_data()))
+def test_traffic_picture_is_drawn_from_its_json_alone(drawn, tmp_path):
+    data = traffic_data()
+    (tmp_path / "traffic.json").write_text(json.dumps(data))
     assert traffic.main(["--draw", str(tmp_path / "traffic.json")]) == 0
-    assert (tmp_path / "traffic.png").stat().st_size > 10_000
+    assert (tmp_path / "traffic.png").read_bytes().startswith(b"\x89PNG")
+    asked, crossing = drawn().axes
+    for axis, what in ((asked, "requested"), (crossing, "dram")):
+        *lines, floor = axis.get_lines()
+        for line, name in zip(lines, ("naive", "blockwise", "triton"), strict=True):
+            own = [row for row in data["rows"] if row["implementation"] == f"jaxattn-{name}"]
+            assert list(line.get_xdata()) == [1024, 4096]
+            assert list(line.get_ydata()) == [traffic.total(row, what) for row in own]
+        assert list(floor.get_ydata()) == [1000 * 1024, 1000 * 4096]
+        assert [label.get_text() for label in axis.get_xticklabels()] == ["1024", "4096"]
+    assert [text.get_text() for text in drawn().legends[0].get_texts()] == [*traffic.LABELS.values(), FLOOR]
+    bands = [path.vertices[:, 1].max() for band in crossing.collections for path in band.get_paths()]
+    assert sorted(bands) == sorted([7 * 4096 * 4096, 5000 * 4096, 1000 * 4096])  # up to half the cache's
+    assert "counted" in asked.get_title()
+    assert "modelled" in crossing.get_title()
+    assert "25x" in [text.get_text() for text in crossing.texts]  # 6 * 4096 / 1000
+    title = drawn().get_suptitle()
+    assert "NVIDIA H200 (no GPU was used)" in title
+    assert "measured" not in title
+
+
+def test_traffic_picture_of_a_cpu_says_how_little_it_says_and_how_to_get_a_gpus(drawn, tmp_path):
+    traffic.figure(traffic_data(is_cpu=True, is_here=True, target_name="Some CPU"), tmp_path / "traffic.png")
+    title = drawn().get_suptitle()
+    assert "this machine's Some CPU" in title
+    assert traffic.CPU_SAYS_LITTLE in title
+    assert "python -m jaxattn.profiler wheels" in title
 
 
 def test_traffic_of_this_cpu_orders_the_implementations():

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from jax import lax
 
-from jaxattn.profiler import profile
+from jaxattn.profiler import hlo, profile, traffic
 
 F32 = 4
 
@@ -199,6 +199,65 @@ def test_loops_are_found_inside_custom_partitioning_and_sequential_vmap():
         return inner(x, n)
 
     assert calls(profile(call, shape(100), np.int32(5)), "# partitioned") == {5}
+
+
+def test_loops_that_xla_makes_inside_a_loop_are_not_taken_for_it():
+    def noise(x, n, key):
+        return lax.fori_loop(0, n, lambda i, c: c + jax.random.normal(jax.random.fold_in(key, i), c.shape), x)  # noise
+
+    report = profile(noise, shape(64, 64), np.int32(3), jax.random.key(0))
+    assert not report.unknown
+    assert 3 in calls(report, "# noise")
+
+
+def test_a_loop_in_the_condition_of_a_loop_counts_as_often_as_the_condition_is_asked():
+    def fn(x, n):
+        def go_on(state):
+            return state[0] + 0 * lax.fori_loop(0, n, lambda i, c: jnp.cos(c) * 2, state[1])[0, 0] < n  # asked
+
+        def step(x, _):
+            return lax.while_loop(go_on, lambda state: (state[0] + 1, state[1] * 3), (0.0, x))[1], None
+
+        return lax.scan(step, x, length=5)[0]
+
+    assert calls(profile(fn, np.ones((64, 32), np.float32), np.int32(3)), "# asked") == {5 * (3 + 1) * 3}
+
+
+def test_a_loop_that_the_counting_run_does_not_get_to_is_unknown_with_its_reason():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), ("x",))
+    row = jax.sharding.PartitionSpec("x")
+
+    def repeat(x, n):
+        return lax.fori_loop(0, n, lambda i, c: jnp.cos(c) * 2, x)
+
+    inner = jax.shard_map(repeat, mesh=mesh, in_specs=(row, jax.sharding.PartitionSpec()), out_specs=row)
+
+    def fn(x, n):
+        return lax.scan(lambda c, _: (inner(c, n), None), x, length=4)[0]
+
+    report = profile(fn, np.ones((64, 32), np.float32), np.int32(3))
+    (unknown,) = report.unknown
+    assert "how often it runs could not be counted" in unknown
+    assert any("2 devices" in note for note in report.notes)
+
+
+def test_a_measured_loop_of_a_computation_that_is_called_twice_is_not_counted_twice():
+    def make(opcode, *called, name="x", scalar=False):
+        kind = hlo.Shape(1) if scalar else hlo.Shape(13)
+        made = hlo.Instruction(0, name, opcode, kind, "", 0, {}, called=list(called))
+        return hlo.Computation(0, name, [made], made, is_fusion=False), made
+
+    condition, _ = make("compare", scalar=True)
+    body, _ = make("tuple")
+    shared, loop = make("while", condition, body)
+    entry, call = make("call", shared)
+    entry.instructions = [call, make("call", shared)[1]]
+    module = hlo.Module("m", entry, [entry, shared, condition, body], {})
+    times, unknown = traffic.runs(module, lambda i: traffic.LoopRuns(2, 10), lambda i: None)
+    assert (times[body], unknown) == (None, [loop])
+    entry.instructions = [call]
+    times, unknown = traffic.runs(module, lambda i: traffic.LoopRuns(2, 10), lambda i: None)
+    assert (times[body], times[condition], unknown) == (10, 12, [])
 
 
 def test_two_calls_of_one_function_are_counted_apart():

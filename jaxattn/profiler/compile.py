@@ -25,13 +25,17 @@ _UNOPTIMISED_CODE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expe
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """A compiled program; sizes in bytes. `ptx` and `launches` are there for a compiled GPU target only."""
+    """A compiled program; sizes in bytes, of one device where it is partitioned.
+
+    `ptx` and `launches` are there for a compiled GPU target only.
+    """
 
     module: hlo.Module
     argument_bytes: int
     output_bytes: int
     temp_bytes: int
     alias_bytes: int
+    devices: int = 1
     ptx: tuple[str, ...] = ()
     launches: str = ""
 
@@ -110,6 +114,7 @@ def compile_here(lowered: jax.stages.Lowered) -> Compiled:
         output_bytes=stats.output_size_in_bytes,
         temp_bytes=stats.temp_size_in_bytes,
         alias_bytes=stats.alias_size_in_bytes,
+        devices=len(compiled.runtime_executable().local_devices()),
     )
 
 

@@ -216,8 +216,8 @@ def parse(module: bytes, text: str, buffer_assignment: bytes = b"") -> Module:
         buffer_assignment: the serialized `BufferAssignmentProto`, or nothing.
 
     Raises:
-        ValueError: if fewer (or more) instructions, or instructions with less metadata, are found than the
-            text has: a profile of such a module would be short.
+        ValueError: if the module is damaged, or if fewer (or more) instructions, or instructions with less
+            metadata, are found than the text has: a profile of such a module would be short.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -226,7 +226,15 @@ def parse(module: bytes, text: str, buffer_assignment: bytes = b"") -> Module:
         >>> parse(raw.as_serialized_hlo_module_proto(), raw.to_string()).name
         'jit__lambda'
     """
-    fields = wire.message(module)
+    try:
+        found = _module(wire.message(module), buffer_assignment)
+    except (KeyError, IndexError) as error:
+        raise ValueError(f"the serialized module lacks a part that it refers to: {error!r}") from error
+    _check_against_text(found.computations, text)
+    return found
+
+
+def _module(fields: dict[int, list], buffer_assignment: bytes) -> Module:
     shapes: dict[bytes, Shape] = {}
     computations: dict[int, Computation] = {}
     schedule = {}
@@ -244,7 +252,9 @@ def parse(module: bytes, text: str, buffer_assignment: bytes = b"") -> Module:
                 operand.users.append(instruction)
         identity = wire.integer(computation, 5)
         order = schedule.get(identity)
-        if order is not None and len(order) == len(instructions):
+        if order is not None:
+            if sorted(order) != sorted(by_id):
+                raise ValueError(f"the schedule of {wire.text(computation, 1)} is not one of its instructions")
             instructions = [by_id[i] for i in order]
         computations[identity] = Computation(
             id=identity,
@@ -256,10 +266,12 @@ def parse(module: bytes, text: str, buffer_assignment: bytes = b"") -> Module:
     for computation in computations.values():
         for instruction in computation.instructions:
             instruction.called = [computations[i] for i in instruction.called_ids]
-    _check_against_text(list(computations.values()), text)
+    entry = computations[wire.integer(fields, 6)]
+    if entry.id not in schedule:
+        raise ValueError(f"the serialized module has no schedule of {entry.name}")
     return Module(
         name=wire.text(fields, 1),
-        entry=computations[wire.integer(fields, 6)],
+        entry=entry,
         computations=list(computations.values()),
         buffers=_buffers(buffer_assignment),
         _frames=wire.message(fields[17][-1]) if 17 in fields else {},

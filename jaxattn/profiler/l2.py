@@ -18,6 +18,7 @@ from jaxattn.profiler.traffic import Access, LoopRuns
 
 _CHUNKS = 128  # pieces of the cache that are replaced as one
 _BUDGET = 60_000  # kernel accesses replayed one by one; loops beyond are extrapolated from their second or third step
+_WAVES = 1024  # of one launch that are replayed at most; larger grids run in larger waves
 _SECTOR = 32  # bytes: less than that, in a loop, is a counter or a bound
 _LARGEST_TABLE, _LARGEST_VALUE = 1 << 20, 1 << 12  # elements: constants that are read, arrays that are computed
 
@@ -29,50 +30,93 @@ class Wave:
     ranges: tuple[tuple[int, int, int, bool], ...]
 
 
+@dataclasses.dataclass(slots=True)
+class _Line:
+    """A piece of the cache: the ranges that are here, those not yet written back, and when it was used."""
+
+    here: list[tuple[int, int]]
+    dirty: list[tuple[int, int]]
+    touched: int
+    missed: int  # when something was not here that was asked for
+
+
 class Cache:
     """A write-back LRU cache over ranges of bytes; counts what misses and what is written back."""
 
     def __init__(self, capacity: int, chunk: int):
         self.capacity, self.chunk = capacity, chunk
-        # (allocation, chunk) -> the ranges that are here, and those of them that are not yet written back
-        self.lines: OrderedDict[tuple[int, int], tuple[list, list]] = OrderedDict()
+        self.lines: OrderedDict[tuple, _Line] = OrderedDict()  # (allocation, chunk) -> its line
         self.used = self.read = self.written = 0
+        self.filled = self.dirtied = self.time = 0  # bytes that came in, bytes that became dirty, touches
 
     def touch(self, allocation: int, start: int, stop: int, is_write: bool) -> None:
         """One piece of a chunk is read or written."""
         key = (allocation, start // self.chunk)
+        self.time += 1
         line = self.lines.get(key)
         if line is None:
-            self.lines[key] = line = ([(start, stop)], [(start, stop)] if is_write else [])
+            self.lines[key] = line = _Line([(start, stop)], [], self.time, self.time)
             missing = stop - start
         else:
             self.lines.move_to_end(key)
-            missing = _cover(line[0], start, stop)
-            if is_write:
-                _cover(line[1], start, stop)
-        if not is_write:
+            line.touched = self.time
+            missing = _cover(line.here, start, stop)
+        if is_write:
+            self.dirtied += _cover(line.dirty, start, stop)
+        else:
             self.read += missing
-        if not missing:
-            return
-        self.used += missing
+        if missing:
+            line.missed = self.time
+            self.filled += missing
+            self.used += missing
+            self.make_room()
+
+    def make_room(self) -> None:
+        """Writes back and forgets the lines that were not used for longest."""
         while self.used > self.capacity and len(self.lines) > 1:
-            _, (here, dirty) = self.lines.popitem(last=False)
-            self.used -= sum(last - first for first, last in here)
-            self.written += sum(last - first for first, last in dirty)
+            _, line = self.lines.popitem(last=False)
+            self.used -= _size(line.here)
+            self.written += _size(line.dirty)
+
+    def mark(self) -> tuple[int, int, int, int]:
+        """Where the counts stand, for `repeat`."""
+        return self.read, self.filled, self.dirtied, self.time
+
+    def repeat(self, mark: tuple[int, int, int, int], times: int, name: object) -> None:
+        """What was touched since the mark is touched as often again, each time at other places.
+
+        What came in each time pushes out what is older; what was here and is asked for each time stays.
+        """
+        read, filled, dirtied, time = mark
+        self.read += (self.read - read) * times
+        filled, dirtied = (self.filled - filled) * times, (self.dirtied - dirtied) * times
+        self.filled, self.dirtied = self.filled + filled, self.dirtied + dirtied
+        hot = [key for key, line in self.lines.items() if line.missed <= time < line.touched]
+        kept = {key: self.lines.pop(key) for key in hot}
+        pieces = max(-(-filled // self.chunk), 1 if dirtied else 0)
+        fits = min(pieces, self.capacity // self.chunk + 1)
+        self.written += dirtied * (pieces - fits) // max(pieces, 1)
+        for i in range(pieces - fits, pieces):
+            size = filled * (i + 1) // pieces - filled * i // pieces
+            dirty = min(size, dirtied * (i + 1) // pieces - dirtied * i // pieces)
+            self.lines[name, i] = _Line([(0, size)], [(0, dirty)], self.time, self.time)
+            self.used += size
+            self.make_room()
+        self.lines |= kept
 
     def stream(self, accesses: list[tuple[int, int, int, bool]]) -> None:
-        """A kernel reads and writes ranges side by side: (allocation, start, stop, is a write)."""
+        """A kernel reads and writes ranges side by side, none of them empty: (allocation, start, stop, is a write)."""
         chunk = self.chunk
-        counts = [-(-stop // chunk) - start // chunk if stop > start else 0 for _, start, stop, _ in accesses]
-        longest = max(counts, default=0)
+        counts = [(stop - 1) // chunk - start // chunk + 1 for _, start, stop, _ in accesses]
+        longest = max(counts)
+        if longest == 1:
+            for access in accesses:
+                self.touch(*access)
+            return
         total = sum(stop - start for _, start, stop, _ in accesses)
         edge = longest
         if total > 8 * self.capacity:  # what lies between finds nothing and leaves nothing
             edge = max(1, round(2 * self.capacity / total * longest))
-        if longest <= 1:
-            for access in accesses:
-                self.touch(*access)
-            return
         touched = [0] * len(accesses)
         for step in range(longest) if 2 * edge >= longest else [*range(edge), *range(longest - edge, longest)]:
             for i, (allocation, start, stop, is_write) in enumerate(accesses):
@@ -83,15 +127,21 @@ class Cache:
                     self.touch(allocation, first, last, is_write)
                     touched[i] += last - first
         for done, (_, start, stop, is_write) in zip(touched, accesses, strict=True):
+            self.filled += stop - start - done
             if is_write:
                 self.written += stop - start - done
+                self.dirtied += stop - start - done
             else:
                 self.read += stop - start - done
 
     @property
     def dirty(self) -> int:
         """Bytes that are still to be written back."""
-        return sum(last - first for _, dirty in self.lines.values() for first, last in dirty)
+        return sum(_size(line.dirty) for line in self.lines.values())
+
+
+def _size(ranges: list[tuple[int, int]]) -> int:
+    return sum(last - first for first, last in ranges)
 
 
 def _cover(ranges: list[tuple[int, int]], start: int, stop: int) -> int:
@@ -144,7 +194,8 @@ class Replay:
         self.entered: dict[Instruction, int] = {}
         self.literals: dict[Instruction, object] = {}
         self.events: list = []
-        self.started: dict[Instruction, list[tuple[int, int]]] = {}
+        self.started: dict[Instruction, list[tuple[int, int, int, int]]] = {}
+        self.repeated = 0
         self.extrapolated = False
         self.guessed: set[str] = set()
 
@@ -176,11 +227,11 @@ class Replay:
             return
         loop, repeats = event
         if not repeats:
-            self.started[loop] = [(cache.read, cache.written) for cache in self.caches]
+            self.started[loop] = [cache.mark() for cache in self.caches]
             return
-        for cache, (read, written) in zip(self.caches, self.started[loop], strict=True):
-            cache.read += (cache.read - read) * repeats
-            cache.written += (cache.written - written) * repeats
+        self.repeated += 1
+        for cache, mark in zip(self.caches, self.started[loop], strict=True):
+            cache.repeat(mark, repeats, self.repeated)
 
     # --- where values live
 
@@ -323,7 +374,8 @@ class Replay:
                         else self.home(instruction, leaves[number - n])
                     )
                     ranges.append((home.allocation, home.offset + start, home.offset + stop, is_write))
-                self.emit(ranges)
+                if ranges:
+                    self.emit(ranges)
             return
         ranges = []
         for access in self.accesses(instruction):
@@ -520,15 +572,16 @@ def _literal(constant: Instruction):
 
 
 def waves(touches, cores: int) -> tuple[Wave, ...]:
-    """The touches of a Pallas kernel's grid, in groups of as many thread blocks as there are cores."""
+    """The touches of a Pallas kernel's grid, in groups of at least as many thread blocks as there are cores."""
     if not touches:
         return ()
     points = len(touches[0].bytes)
+    together = max(cores, -(-points // _WAVES))
     out = []
-    for first in range(0, points, cores):
+    for first in range(0, points, together):
         ranges = []
         for touch in touches:
-            part = slice(first, first + cores)
+            part = slice(first, first + together)
             here = touch.bytes[part] > 0
             if not here.any():
                 continue

@@ -1,4 +1,4 @@
-"""Bytes that a Pallas kernel loads and stores, from its own jaxpr and grid.
+"""Bytes that a Pallas kernel loads, stores and copies, from its own jaxpr and grid.
 
 The kernel's index arithmetic is evaluated with NumPy for all grid points at once: a value is an array whose
 leading axes are the grid's, of length 1 where it does not depend on them. Loops run as long as any grid point
@@ -14,11 +14,13 @@ import numpy as np
 from jax.extend import core
 
 from jaxattn.profiler import private_jax
-from jaxattn.profiler.program import inner_jaxprs
+from jaxattn.profiler.program import inner_jaxprs, is_triton
 from jaxattn.profiler.trips import Cut, called, is_var, opened
 
 _LARGEST = 1 << 26  # elements of one evaluated value; larger masks are modelled as all true
-_MEMORY = frozenset(["get", "swap", "addupdate", "masked_load", "masked_swap", "atomic_rmw", "atomic_cas"])
+_MEMORY = frozenset(["get", "swap", "addupdate", "masked_load", "masked_swap", "atomic_rmw", "atomic_cas", "load",
+                     "copy_gmem_to_smem", "copy_smem_to_gmem"])  # fmt: skip
+_IN_MEMORY = ("gmem", "hbm", "any", "host")  # memory spaces; the others are a core's own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +43,7 @@ class KernelTraffic:
     """Bytes read and written by operand number; outputs are numbered after the inputs.
 
     `confidence` is `exact`, `modelled` (a mask that no index decides) or `unknown` (a loop whose bounds are
-    data that was not given); `reasons` say what and where.
+    data that was not given, or a use of memory that is not understood); `reasons` say what and where.
     """
 
     read: dict[int, int]
@@ -52,42 +54,93 @@ class KernelTraffic:
     touches: tuple[Touch, ...]
 
 
-class _UnknownLoop(Exception):
-    pass
+class _Unknown(Exception):
+    """What the kernel moves cannot be told."""
+
+
+def body(equation) -> core.Jaxpr:
+    """The code of a kernel."""
+    params = equation.params
+    return opened(params["jaxpr"] if "jaxpr" in params else params["jaxprs"][0])
+
+
+def source(equation) -> str:
+    """`file:line` that asked for the kernel; of one that JAX's own code asked for, the first line of its body."""
+    inside = list(body(equation).eqns)
+    line = private_jax.user_line(equation.source_info)
+    while not line and inside:
+        first = inside.pop(0)
+        line = private_jax.user_line(first.source_info)
+        inside = [e for j in inner_jaxprs(first) for e in opened(j).eqns] + inside
+    return line
 
 
 def control_operands(equation) -> tuple[int, ...]:
-    """The inputs of a `pallas_call` whose values its loop bounds, branches, masks or indices depend on."""
-    if not is_triton(equation):
-        return ()
-    jaxpr = opened(equation.params["jaxpr"])
-    used = _KernelCut(frozenset(), {}).inputs(jaxpr, [False] * len(jaxpr.outvars))
-    return tuple(i for i in range(len(equation.invars)) if used[i])
+    """The inputs of a kernel whose values its loop bounds, branches, masks or indices depend on."""
+    jaxpr, mapping = body(equation), equation.params.get("grid_mapping")
+    used = [False] * len(jaxpr.invars)
+    if mapping is None or not all(_is_on_chip(equation, block) for block in mapping.block_mappings):
+        used = _KernelCut(frozenset(), {}).inputs(jaxpr, [False] * len(jaxpr.outvars))
+    prefetched = 0 if mapping is None else mapping.num_index_operands
+    return tuple(i for i in range(len(equation.invars)) if used[i] or i < prefetched)
+
+
+def _is_on_chip(equation, block) -> bool:
+    """Whether a pipeline brings an operand's blocks to the core; else the body works on the operand in memory."""
+    space = str(getattr(block.transformed_block_aval, "memory_space", "")).lower().rpartition(".")[2]
+    return not is_triton(equation) and space not in _IN_MEMORY
 
 
 def traffic(equation, operands: dict[int, np.ndarray]) -> KernelTraffic:
-    """What a `pallas_call` moves.
+    """What a kernel moves.
 
     With Triton's compiler parameters, what the body loads and stores; otherwise (Mosaic) the copies of its
-    blocks, fetched again only where their index changes from one grid point to the next.
+    blocks, fetched again only where their index changes from one grid point to the next, and what the body itself
+    copies, loads and stores of operands that stay in memory.
 
     Args:
-        equation: the `pallas_call` equation.
+        equation: the `pallas_call` or `mpmd_map` equation.
         operands: values of inputs, by number, where they are known.
     """
-    return _Kernel(equation, operands).triton() if is_triton(equation) else _Kernel(equation, operands).blocks()
+    return _Kernel(equation, operands).traffic()
 
 
-def is_triton(equation) -> bool:
-    """Whether a `pallas_call` is meant for the Triton backend: its compiler parameters say so."""
-    return "triton" in type(equation.params.get("compiler_params")).__module__
+@dataclasses.dataclass(frozen=True)
+class _Launch:
+    """How often a kernel's code runs: a grid, the axes that `program_id` numbers, and those that have names."""
+
+    grid: tuple[int, ...]
+    own_axes: tuple[int, ...]
+    vmapped: tuple[int, ...] = ()
+    names: dict[Any, int] = dataclasses.field(default_factory=dict)
+
+
+def _launch(equation) -> _Launch:
+    mapping = equation.params.get("grid_mapping")
+    if mapping is not None:
+        grid, vmapped = tuple(int(n) for n in mapping.grid), tuple(mapping.vmapped_dims)
+        # vmap adds grid axes that the kernel itself does not number
+        return _Launch(grid, tuple(i for i in range(len(grid)) if i not in vmapped), vmapped)
+    meshes = equation.params["meshes"]
+    if len(meshes) != 1 or not hasattr(meshes[0], "cluster"):
+        raise _Unknown(f"a kernel over {', '.join(type(m).__name__ for m in meshes)} is not understood")
+    (mesh,) = meshes
+    threads = [] if mesh.thread_name is None else [(mesh.thread_name, mesh.num_threads)]
+    axes = [
+        *threads,
+        *zip(mesh.cluster_names, mesh.cluster, strict=True),
+        *zip(mesh.grid_names, mesh.grid, strict=True),
+    ]
+    return _Launch(
+        tuple(int(n) for _, n in axes), tuple(range(len(axes))), names={name: i for i, (name, _) in enumerate(axes)}
+    )
 
 
 class _KernelCut(Cut):
     """The part of a kernel that decides what is loaded and stored, and where."""
 
     def counts(self, equation) -> bool:
-        if equation.primitive.name in _MEMORY:
+        if equation.primitive.name in _MEMORY or any(_is_reference(v) for v in equation.invars):
             return True
         return any(self.counts(e) for j in inner_jaxprs(equation) for e in opened(j).eqns)
 
@@ -98,22 +151,48 @@ class _KernelCut(Cut):
             used = [any(v is w for w in where) for v in equation.invars]
             used[0] = any(asked) and memory.reads  # the reference's data
             return used
+        if equation.primitive.name == "run_scoped":
+            return self.inputs(_scoped(equation), asked)[: len(equation.invars)]
+        if not inner_jaxprs(equation) and any(_is_reference(v) for v in equation.invars):
+            return [False] * len(equation.invars)
         return super().equation_inputs(equation, asked)
+
+
+def _is_reference(atom) -> bool:
+    return private_jax.is_reference(atom.aval)
+
+
+def _scoped(equation) -> core.Jaxpr:
+    """What a `run_scoped` runs: a function of the values around it, then of the references that it makes."""
+    jaxpr = opened(equation.params["jaxpr"])
+    names = jaxpr.debug_info.with_unknown_names()
+    return jaxpr.replace(constvars=[], invars=[*jaxpr.constvars, *jaxpr.invars], debug_info=names)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Memory:
+    """A load, a store, or both, of the reference that is the equation's input `number`.
+
+    `shared_by` names the axes of a cluster for whose blocks one copy serves.
+    """
+
     transforms: Any
     mask: Any
     other: Any
     reads: bool
     writes: bool
+    number: int = 0
+    shared_by: tuple = ()
 
 
 def _memory(equation) -> _Memory:
     kind, params, atoms = equation.primitive.name, equation.params, equation.invars
     if kind == "get":
         return _Memory(params["tree"].unflatten(atoms[1:]), None, None, True, False)
+    if kind == "load":
+        return _Memory(params["tree"].unflatten(atoms[1:]), None, None, True, False)
+    if kind in ("copy_gmem_to_smem", "copy_smem_to_gmem"):
+        return _copy(equation)
     if kind in ("swap", "addupdate"):
         return _Memory(params["tree"].unflatten(atoms[2:]), None, None, kind == "addupdate", True)
     if kind == "masked_load":
@@ -125,13 +204,30 @@ def _memory(equation) -> _Memory:
     return _Memory((), None, None, True, True)
 
 
+def _copy(equation) -> _Memory:
+    """An asynchronous copy between memory and a core's own: references first, then their transforms, a predicate."""
+    params, atoms = equation.params, equation.invars
+    first = next((i for i, v in enumerate(atoms) if not _is_reference(v)), len(atoms))
+    number = 0 if equation.primitive.name == "copy_gmem_to_smem" else 1
+    before = params["src_transforms_treedef"].num_leaves if number else 0
+    tree = params["dst_transforms_treedef"] if number else params["src_transforms_treedef"]
+    transforms = tree.unflatten(atoms[first + before : first + before + tree.num_leaves])
+    mask = atoms[-1] if params.get("has_user_predicate") else None
+    reads = number == 0 or params.get("reduction_op") is not None
+    shared_by = tuple(params.get("collective_axes") or ())
+    return _Memory(transforms, mask, None, reads, number == 1, number, shared_by)
+
+
 def _leaves(tree) -> list:
     return jax.tree.leaves(tree, is_leaf=lambda x: isinstance(x, (core.Var, core.Literal)))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Reference:
-    """A kernel's reference: its operand (None for scratch), and per axis of the operand where its block starts."""
+    """A kernel's reference: its operand (None for scratch), and per axis of the operand where its block starts.
+
+    Of one that is `on_chip` the body reads a copy.
+    """
 
     operand: int | None
     shape: tuple[int, ...] = ()
@@ -139,6 +235,11 @@ class _Reference:
     starts: tuple[Any, ...] = ()
     kept: tuple[int, ...] = ()
     block: tuple[int, ...] = ()
+    on_chip: bool = False
+
+    @property
+    def is_memory(self) -> bool:
+        return self.operand is not None and not self.on_chip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,13 +287,11 @@ class _Kernel:
 
     def __init__(self, equation, operands):
         self.equation = equation
-        self.mapping = equation.params["grid_mapping"]
-        self.grid = tuple(int(n) for n in self.mapping.grid)
-        # vmap adds grid axes that the kernel itself does not number
-        self.own_axes = [i for i in range(len(self.grid)) if i not in self.mapping.vmapped_dims]
+        self.launch = _Launch((), ())
         self.operands = operands
         self.cut = _KernelCut(frozenset(), {})
         self.plans: dict = {}
+        self.scopes: dict[int, core.Jaxpr] = {}
         self.read: dict[int, int] = {}
         self.written: dict[int, int] = {}
         self.flops = 0
@@ -201,6 +300,10 @@ class _Kernel:
         # The last inputs and result of each equation: in a loop most are the same objects again.
         self.last: dict[tuple, tuple[list, Any]] = {}
         self.literals: dict[int, Any] = {}
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        return self.launch.grid
 
     @property
     def points(self) -> int:
@@ -218,52 +321,67 @@ class _Kernel:
     def launch_order(self, values: np.ndarray) -> np.ndarray:
         """One value per grid point, the first grid axis fastest, axes added by vmap slowest, as launched."""
         values = np.broadcast_to(values, self.grid)
-        order = self.own_axes + list(reversed(self.mapping.vmapped_dims))
+        order = [*self.launch.own_axes, *reversed(self.launch.vmapped)]
         return np.ascontiguousarray(np.transpose(values, order[::-1])).ravel()
 
-    # --- the two ways in which a kernel moves bytes
+    # --- the ways in which a kernel moves bytes
 
-    def triton(self) -> KernelTraffic:
-        jaxpr = opened(self.equation.params["jaxpr"])
+    def traffic(self) -> KernelTraffic:
+        """Block copies, where its backend makes them, and what the body itself moves."""
+        jaxpr = body(self.equation)
         references = [_Reference(None)] * len(jaxpr.invars)
-        skip = self.mapping.num_index_operands
-        for i, block in enumerate(self.mapping.block_mappings):
-            references[skip + i] = self.reference(skip + i, block)
         try:
-            self.run(self.equation.params["jaxpr"], references, [False] * len(jaxpr.outvars), None)
-        except _UnknownLoop as loop:
+            self.launch = _launch(self.equation)
+            mapping = self.equation.params.get("grid_mapping")
+            if mapping is None:
+                shapes = [v.aval for v in (*self.equation.invars, *self.equation.outvars)]
+                references[: len(shapes)] = [self.whole(i, aval) for i, aval in enumerate(shapes)]
+            else:
+                skip = mapping.num_index_operands
+                for i in range(skip):
+                    references[i] = dataclasses.replace(self.whole(i, self.equation.invars[i].aval), on_chip=True)
+                for i, block in enumerate(mapping.block_mappings):
+                    references[skip + i] = self.reference(skip + i, block, references[:skip])
+                for i in range(skip, skip + len(mapping.block_mappings)):
+                    if references[i].on_chip:
+                        self.block_copies(i, references[i])
+            if any(reference.is_memory for reference in references):
+                self.run(jaxpr, references, [False] * len(jaxpr.outvars), None)
+            else:
+                self.flops = self.points * _flops(jaxpr)
+        except _Unknown as unknown:
             self.read, self.written, self.flops, self.touched = {}, {}, 0, {}
-            return self.result(str(loop))
+            return self.result(str(unknown))
         return self.result()
 
-    def blocks(self) -> KernelTraffic:
-        jaxpr = opened(self.equation.params["jaxpr"])
-        n_inputs = len(self.equation.invars)
-        for i, block in enumerate(self.mapping.block_mappings):
-            number = self.mapping.num_index_operands + i
-            reference = self.reference(number, block)
-            if any(s is None for s in reference.starts):
-                return self.result(f"block {i} follows an index that is data")
-            where = np.stack([np.broadcast_to(s, self.grid) for s in reference.starts] or [np.zeros(self.grid)])
-            steps = where.reshape(len(where), -1)  # the last grid axis fastest
-            fetched = 1 + int((steps[:, 1:] != steps[:, :-1]).any(0).sum())
-            size = math.prod(reference.block) * reference.itemsize
-            totals = self.written if number >= n_inputs else self.read
-            totals[number] = totals.get(number, 0) + fetched * size
-            changed = np.concatenate([[True], (steps[:, 1:] != steps[:, :-1]).any(0)]).reshape(self.grid)
-            low = [np.broadcast_to(s, self.grid) for s in reference.starts]
-            high = [s + b - 1 for s, b in zip(low, reference.block, strict=True)]
-            self.touch(i, reference, number >= n_inputs, low, high, changed * size)
-        self.flops = self.points * _flops(jaxpr)
-        return self.result()
+    def block_copies(self, number: int, reference: _Reference) -> None:
+        """The copies that a pipeline makes of an operand's blocks: one whenever the index changes."""
+        if any(s is None for s in reference.starts):
+            raise _Unknown(f"the block of operand {number} follows an index that is data")
+        is_write = number >= len(self.equation.invars)
+        where = np.stack([np.broadcast_to(s, self.grid) for s in reference.starts] or [np.zeros(self.grid)])
+        steps = where.reshape(len(where), -1)  # the last grid axis fastest
+        changed = np.concatenate([[True], (steps[:, 1:] != steps[:, :-1]).any(0)]).reshape(self.grid)
+        size = math.prod(reference.block) * reference.itemsize
+        totals = self.written if is_write else self.read
+        totals[number] = totals.get(number, 0) + int(changed.sum()) * size
+        low = [np.broadcast_to(s, self.grid) for s in reference.starts]
+        high = [s + b - 1 for s, b in zip(low, reference.block, strict=True)]
+        self.touch(number, reference, is_write, low, high, changed * size)
 
-    def reference(self, number: int, block) -> _Reference:
+    def whole(self, number: int, aval) -> _Reference:
+        """An operand as a whole, in memory."""
+        shape = tuple(int(n) for n in aval.shape)
+        zeros = tuple(self.constant(0) for _ in shape)
+        axes = tuple(range(len(shape)))
+        return _Reference(number, shape, np.dtype(aval.dtype).itemsize, zeros, axes, shape)
+
+    def reference(self, number: int, block, prefetched: list[_Reference]) -> _Reference:
         """Where the block of an operand lies at each grid point."""
         sizes = [getattr(d, "block_size", d if isinstance(d, int) else 1) or 1 for d in block.block_shape]
         squeezed = [d is None or type(d).__name__ == "Squeezed" for d in block.block_shape]
         by_element = [type(d).__name__ in ("Element", "BoundedSlice") for d in block.block_shape]
         ids = [self.program_id(axis) for axis in range(len(self.grid))]
-        prefetched = [_Reference(None)] * self.mapping.num_index_operands
         index_map = block.index_map_jaxpr
         asked = [True] * len(opened(index_map).outvars)
         starts = self.run(index_map, [*ids, *prefetched], asked, None, planned=False)
@@ -277,6 +395,7 @@ class _Kernel:
             ),
             kept=tuple(i for i, gone in enumerate(squeezed) if not gone),
             block=tuple(sizes),
+            on_chip=_is_on_chip(self.equation, block),
         )
 
     def program_id(self, axis: int) -> np.ndarray:
@@ -329,9 +448,11 @@ class _Kernel:
         if kind in _MEMORY:
             return [self.access(equation, look, asked, active, read_later)][: len(equation.outvars)]
         if kind == "program_id":
-            return [self.program_id(self.own_axes[params["axis"]])]
+            return [self.program_id(self.launch.own_axes[params["axis"]])]
         if kind == "num_programs":
-            return [self.constant(self.grid[self.own_axes[params["axis"]]])]
+            return [self.constant(self.grid[self.launch.own_axes[params["axis"]]])]
+        if kind == "axis_index" and params["axis_name"] in self.launch.names:
+            return [self.program_id(self.launch.names[params["axis_name"]])]
         arguments = [look(v) for v in equation.invars]
         if kind == "while":
             return self.run_while(equation, arguments, asked, active)
@@ -343,6 +464,12 @@ class _Kernel:
         before = self.last.get(key)
         if before and all(a is b for a, b in zip(arguments, before[0], strict=True)):
             return before[1]
+        if kind == "run_scoped":
+            if id(equation) not in self.scopes:
+                self.scopes[id(equation)] = _scoped(equation)
+            inner = self.scopes[id(equation)]
+            made = [_Reference(None)] * (len(inner.invars) - len(arguments))
+            return self.run(inner, [*arguments, *made], asked, active)
         inner = called(equation)
         if inner is not None:
             flops = self.flops
@@ -350,6 +477,8 @@ class _Kernel:
             if self.flops == flops and not self.cut.counts(equation):
                 self.last[key] = (arguments, results)
             return results
+        if any(isinstance(a, _Reference) and a.is_memory for a in arguments):
+            raise _Unknown(f"{kind} at {_where(equation)} uses an array in memory in a way that is not understood")
         rule = _RULES.get(kind)
         if rule is None or any(a is None or isinstance(a, _Reference) for a in arguments):
             return [None] * len(equation.outvars)
@@ -368,7 +497,7 @@ class _Kernel:
         while True:
             (go_on,) = self.run(params["cond_jaxpr"], [*cond_consts, *carry], [True], active)
             if go_on is None:
-                raise _UnknownLoop(f"a loop of the kernel at {_where(equation)} has bounds that are data")
+                raise _Unknown(f"a loop of the kernel at {_where(equation)} has bounds that are data")
             running = go_on.astype(bool) if active is None else active & go_on.astype(bool)
             if not running.any():
                 return carry
@@ -403,7 +532,7 @@ class _Kernel:
         index, *operands = arguments
         branches = equation.params["branches"]
         if index is None:
-            raise _UnknownLoop(f"a branch of the kernel at {_where(equation)} is chosen by data")
+            raise _Unknown(f"a branch of the kernel at {_where(equation)} is chosen by data")
         index = np.clip(index.astype(np.int64), 0, len(branches) - 1)
         out: list = [None] * len(asked)
         for i, branch in enumerate(branches):
@@ -419,13 +548,20 @@ class _Kernel:
     # --- loads and stores
 
     def access(self, equation, look, asked, active, read_later):
-        memory, reference = _memory(equation), look(equation.invars[0])
-        value = equation.invars[1].aval if equation.primitive.name in ("swap", "addupdate") else None
-        shape = (value or equation.outvars[0].aval).shape
+        memory = _memory(equation)
+        reference = look(equation.invars[memory.number])
         index = self.index(memory.transforms, look, reference)
+        if equation.primitive.name in ("swap", "addupdate"):
+            value = equation.invars[1].aval
+            shape, itemsize = value.shape, np.dtype(value.dtype).itemsize
+        elif equation.outvars:
+            value = equation.outvars[0].aval
+            shape, itemsize = value.shape, np.dtype(value.dtype).itemsize
+        else:
+            shape, itemsize = self.copied(equation, index), getattr(reference, "itemsize", 0)
         mask = None if memory.mask is None else look(memory.mask)
-        if isinstance(reference, _Reference) and reference.operand is not None:
-            size = math.prod(shape) * reference.itemsize
+        if isinstance(reference, _Reference) and reference.is_memory:
+            size = math.prod(shape) * itemsize
             per_point, total = self.lanes(memory, mask, shape, size, active, equation)
             low, high = self.bounds(equation, reference, index)
             reads = memory.reads or (memory.writes and any(v in read_later for v in equation.outvars))
@@ -439,10 +575,19 @@ class _Kernel:
             return None
         return self.loaded(reference, index, mask, memory, look, shape)
 
+    def copied(self, equation, index) -> tuple[int, ...]:
+        """The shape of what a copy moves: of the part of memory that it names."""
+        if index is None:
+            raise _Unknown(f"{equation.primitive.name} at {_where(equation)} copies what cannot be told")
+        return tuple(n for e in index for n in ((e[2],) if e[0] == "slice" else e[1].shape[len(self.grid) :]))
+
     def lanes(self, memory, mask, shape, size, active, equation):
         """Bytes at each grid point (an array that broadcasts to the grid), and their sum over the grid."""
         n = len(self.grid)
         here = np.ones((1,) * n, bool) if active is None else active
+        if memory.shared_by:  # one copy for the blocks of a cluster
+            size //= math.prod(self.grid[self.launch.names[axis]] for axis in memory.shared_by)
+            self.reasons.append(f"the copy at {_where(equation)} serves a cluster: counted once for its blocks")
         if memory.mask is None:
             per_point = here * size
         elif mask is None:
@@ -461,16 +606,27 @@ class _Kernel:
             return None
         if not transforms:
             return [("slice", self.constant(0), reference.block[d], 1) for d in reference.kept]
-        if len(transforms) > 1 or not hasattr(transforms[0], "indices"):
+        if not all(hasattr(t, "indices") for t in transforms):
             return None
-        out = []
-        for i in transforms[0].indices:
-            if hasattr(i, "size") and hasattr(i, "start"):
-                start = look(i.start) if isinstance(i.start, (core.Var, core.Literal)) else self.constant(i.start)
-                out.append(("slice", start, i.size, getattr(i, "stride", 1) or 1))
-            else:
-                out.append(("at", look(i) if isinstance(i, (core.Var, core.Literal)) else self.constant(i)))
+        out = [self.entry(i, look) for i in transforms[0].indices]
+        for transform in transforms[1:]:  # a part of the part before
+            inner = iter([self.entry(i, look) for i in transform.indices])
+            out = [self.part(entry, next(inner)) if entry[0] == "slice" else entry for entry in out]
         return out
+
+    def entry(self, index, look):
+        """One axis of an index."""
+        if hasattr(index, "size") and hasattr(index, "start"):
+            start = index.start
+            start = look(start) if isinstance(start, (core.Var, core.Literal)) else self.constant(start)
+            return ("slice", start, index.size, getattr(index, "stride", 1) or 1)
+        return ("at", look(index) if isinstance(index, (core.Var, core.Literal)) else self.constant(index))
+
+    def part(self, outer, inner):
+        """The entry `inner` counted from the slice `outer`."""
+        _, first, _, step = outer
+        start = None if first is None or inner[1] is None else first + inner[1] * step
+        return ("slice", start, inner[2], inner[3] * step) if inner[0] == "slice" else ("at", start)
 
     def bounds(self, equation, reference, index):
         """Smallest and largest index touched, per axis of the operand, each broadcasting to the grid."""

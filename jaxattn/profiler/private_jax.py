@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jax._src import compiler, source_info_util
 from jax._src.interpreters import mlir
+from jax._src.state.types import AbstractRef
 
 
 def stablehlo_bytecode(lowered: jax.stages.Lowered) -> bytes:
@@ -42,3 +43,8 @@ def user_line(source_info: Any) -> str:
     """`file:line` of the code that made an equation, or ''."""
     frame = source_info_util.user_frame(source_info.traceback)
     return "" if frame is None else f"{frame.file_name}:{frame.start_line}"
+
+
+def is_reference(aval: Any) -> bool:
+    """Whether a kernel's value is a reference to memory, not the value of an array."""
+    return isinstance(aval, AbstractRef)

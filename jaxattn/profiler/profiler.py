@@ -6,7 +6,7 @@ from pathlib import Path
 
 import jax
 
-from jaxattn.profiler import l2, pallas, private_jax, program, resources, targets, traffic, trips
+from jaxattn.profiler import l2, pallas, program, resources, targets, traffic, trips
 from jaxattn.profiler.compile import Compiled, compile_for, compile_here, find_wheels
 from jaxattn.profiler.hlo import Instruction
 from jaxattn.profiler.report import Dram, DramTraffic, Interval, Report, Row, Traffic
@@ -54,6 +54,11 @@ def profile(fn, *args, target: str | None = None, wheels: Path | str | None = No
     return found.report(tuple(f"Pallas kernel {kernel}" for kernel in taken))
 
 
+# Custom calls that run code of a kernel's own; a callback is one of ours where it stands for a kernel.
+_KERNEL_CODE = re.compile("triton|mosaic")
+_CALLBACK = re.compile("python_[a-z]*_?callback")
+
+
 class _Profile:
     def __init__(self, traced: program.Program, compiled: Compiled, facts: targets.Target):
         self.traced, self.compiled, self.facts = traced, compiled, facts
@@ -78,18 +83,18 @@ class _Profile:
 
     def label(self, instruction: Instruction) -> int | None:
         """The equation that a loop or conditional of the module came from."""
-        kinds = ("cond",) if instruction.opcode == "conditional" else ("while", "scan")
-        for label in reversed(program.labels(instruction.op_name)):
-            return label if label in self.traced.sites and self.traced.sites[label].kind in kinds else None
-        # Some passes rebuild a loop without its name; its body still has it.
-        part = "branch" if instruction.opcode == "conditional" else "(?:body|cond)"
-        primitive = "cond" if instruction.opcode == "conditional" else "while"
-        found: Counter[int] = Counter()
-        for computation in instruction.called:
-            for inner in computation.instructions:
-                names = re.findall(rf"#(\d+)\)?/{primitive}/{part}", inner.op_name)
-                found.update(int(n) for n in names[:1])
-        return found.most_common(1)[0][0] if len(found) == 1 else None
+        is_branch = instruction.opcode == "conditional"
+        kinds, primitive = (("cond",), "cond") if is_branch else (("while", "scan"), "while")
+        if instruction.op_name:  # what XLA makes inside a loop (a scatter's, a random number's) has a longer name
+            named = re.search(rf"#(\d+)\)*/{primitive}$", instruction.op_name)
+            label = int(named[1]) if named else None
+        else:  # some passes rebuild a loop without its name; what it runs still has it
+            part = rf"#(\d+)\)*/{primitive}/{'branch' if is_branch else '(?:body|cond)'}"
+            inside = (i.op_name for computation in instruction.called for i in computation.instructions)
+            found = [names for names in (re.findall(part, name) for name in inside) if names]
+            own = min(found, key=len, default=[])
+            label = int(own[-1]) if own and all(names[: len(own)] == own for names in found) else None
+        return label if label in self.traced.sites and self.traced.sites[label].kind in kinds else None
 
     def pallas_kernels(self) -> dict[Instruction, int]:
         """Custom calls that stand for Pallas kernels, with their labels."""
@@ -97,7 +102,7 @@ class _Profile:
         for instruction in self.instructions:
             if instruction.opcode == "custom-call":
                 for label in reversed(program.labels(instruction.op_name)):
-                    if label in self.traced.sites and self.traced.sites[label].kind == "pallas_call":
+                    if label in self.traced.sites and self.traced.sites[label].kind in program.KERNELS:
                         out[instruction] = label
                         break
         return out
@@ -135,6 +140,8 @@ class _Profile:
         dram, notes = self.dram(times)
         if self.measured.was_run:
             notes.insert(0, "The program was run once, cut down to its control flow, to count loops and branches.")
+        if self.compiled.devices > 1:
+            notes.insert(0, f"The program is partitioned over {self.compiled.devices} devices: figures are of one.")
         for label, kernel in self.kernel_traffic.items():
             notes += [f"Pallas kernel {self.kernel_name(label)}: {reason}" for reason in kernel.reasons]
         notes += more_notes
@@ -164,13 +171,18 @@ class _Profile:
             kernel = self.kernel_traffic[label]
             read, written, flops = sum(kernel.read.values()), sum(kernel.written.values()), kernel.flops
             name, opcode, confidence = self.kernel_name(label), "pallas_call", kernel.confidence
-            source = private_jax.user_line(self.traced.sites[label].equation.source_info) or source
+            source = pallas.source(self.traced.sites[label].equation)
             if confidence == "unknown":
                 unknown.append(f"Pallas kernel {name}: {kernel.reasons[0]}")
         else:
             cost = traffic.cost(instruction)
             read, written, flops, confidence = cost.read, cost.written, cost.flops, cost.confidence
             name, opcode = instruction.name, instruction.opcode
+            if self.is_strange_kernel(instruction):
+                read, written, flops, confidence = 0, 0, 0, "unknown"
+                unknown.append(
+                    f"kernel {name} ({instruction.custom_call_target}): it is no Pallas kernel of the program"
+                )
         if calls is None:
             confidence = "unknown"
         return Row(
@@ -187,18 +199,27 @@ class _Profile:
             flops=flops * (calls or 0),
         )
 
+    def is_strange_kernel(self, instruction: Instruction) -> bool:
+        """Whether a custom call runs a kernel that there is no code of: its operands say little of its bytes."""
+        if instruction.opcode != "custom-call" or instruction in self.kernels:
+            return False
+        lost = bool(_CALLBACK.search(instruction.custom_call_target)) and not instruction.op_name
+        return lost or bool(_KERNEL_CODE.search(instruction.custom_call_target))
+
     def kernel_names(self) -> set[str]:
         """Names under which the module's Pallas kernels were compiled."""
         return {self.kernel_name(label) for label in self.kernel_traffic}
 
     def kernel_name(self, label: int) -> str:
-        params = self.traced.sites[label].equation.params
-        return str(params.get("name") or params["jaxpr"].debug_info.func_name)
+        equation = self.traced.sites[label].equation
+        return str(equation.params.get("name") or pallas.body(equation).debug_info.func_name)
 
     def describe(self, instruction: Instruction) -> str:
         where = self.module.source(instruction) or program.without_labels(instruction.op_name)
         what = "loop" if instruction.opcode == "while" else "branch"
-        return f"{what} {instruction.name} at {where}: how often it runs depends on values that were not given"
+        missing = self.labels.get(instruction) in self.measured.missing
+        why = "depends on values that were not given" if missing else "could not be counted"
+        return f"{what} {instruction.name} at {where}: how often it runs {why}"
 
     def compulsory(self) -> Traffic:
         """Live inputs and outputs, each whole, once."""

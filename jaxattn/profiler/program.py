@@ -17,6 +17,7 @@ from jax.extend import core
 from jaxattn.profiler.targets import Target
 
 _LOOPS = ("while", "scan")
+KERNELS = ("pallas_call", "mpmd_map")  # the second is what Mosaic GPU's `kernel` makes
 _JAXPRS = (core.ClosedJaxpr, core.Jaxpr)
 _LABEL = re.compile(r"#(\d+)(?=[/)]|$)")
 
@@ -47,9 +48,9 @@ class Program:
         return self._jitted(_compiled_kernel if native else _opaque_kernel).lower(*self._shapes())
 
     def lower_for_cuda(self, target: Target) -> jax.stages.Lowered:
-        """Lowered for a GPU, without it; Pallas kernels compiled, also those that ask to be interpreted."""
+        """Lowered for a GPU, without it; Triton kernels compiled, also those that ask to be interpreted."""
         with _as_if_on(target):
-            traced = self._jitted(_compiled_kernel).trace(*self._shapes())
+            traced = self._jitted(_kernel_for_absent_gpu).trace(*self._shapes())
             return traced.lower(lowering_platforms=("cuda",))
 
     def _shapes(self) -> list[jax.ShapeDtypeStruct]:
@@ -57,7 +58,7 @@ class Program:
 
     def _jitted(self, kernel: Callable) -> Any:
         def change(equation, _, descend):
-            if _kind(equation) == "pallas_call":
+            if _kind(equation) in KERNELS:
                 return kernel(equation)
             equation = descend(equation)
             return _unpartitioned(equation) if _kind(equation) == "custom_partitioning" else equation
@@ -137,7 +138,7 @@ def _kind(equation) -> str:
 
 def inner_jaxprs(equation) -> list:
     """The jaxprs that an equation runs; of a Pallas kernel none, for that is not XLA's."""
-    if _kind(equation) == "pallas_call":
+    if _kind(equation) in KERNELS:
         return []
     found = []
     for value in equation.params.values():
@@ -174,7 +175,7 @@ def _label(jaxpr: core.ClosedJaxpr) -> tuple[core.ClosedJaxpr, dict[int, Site]]:
     sites: dict[int, Site] = {}
 
     def change(equation, in_loop, descend):
-        if _kind(equation) not in (*_LOOPS, "cond", "pallas_call"):
+        if _kind(equation) not in (*_LOOPS, "cond", *KERNELS):
             return descend(equation)
         label = len(sites)
         sites[label] = Site(label, _kind(equation), equation, in_loop)
@@ -187,11 +188,21 @@ def _label(jaxpr: core.ClosedJaxpr) -> tuple[core.ClosedJaxpr, dict[int, Site]]:
     return rewrite(jaxpr, change), sites
 
 
+def is_triton(equation) -> bool:
+    """Whether a kernel is meant for the Triton backend: its compiler parameters say so."""
+    return "triton" in type(equation.params.get("compiler_params")).__module__
+
+
 def _compiled_kernel(equation):
     """The kernel itself; without Triton's parameters, what asks to be interpreted may be no kernel of a GPU."""
-    if equation.params["interpret"] and "triton" not in type(equation.params.get("compiler_params")).__module__:
-        return _opaque_kernel(equation, for_gpu=True)
+    if not is_triton(equation):
+        return _opaque_kernel(equation, for_gpu=True) if equation.params["interpret"] else equation
     return equation.replace(params={**equation.params, "interpret": False})
+
+
+def _kernel_for_absent_gpu(equation):
+    """Triton's kernels are compiled; Mosaic's compiler needs the GPU's own library, and its kernels stay opaque."""
+    return _compiled_kernel(equation) if is_triton(equation) else _opaque_kernel(equation, for_gpu=True)
 
 
 def _opaque_kernel(equation, for_gpu: bool = False):

@@ -210,22 +210,29 @@ def _fusion_accesses(fusion: Instruction) -> Iterator[Access]:
         if constant.opcode == "constant" and constant.shape.elements > 8:
             yield Access(constant, (), constant.shape.bytes, False)
     for index, leaf in fusion.shape.leaves():
-        root = _update_root(body.root, index)
-        if root is None:
+        made = body.root.operands[index[0]] if body.root.opcode == "tuple" and len(index) == 1 else body.root
+        update = _unwrapped(made)
+        if not _is_in_place(update, body.root):
             yield Access(fusion, index, leaf.bytes, True)
         else:
-            update = root.operands[1 if root.opcode == "dynamic-update-slice" else 2].shape.bytes
-            yield Access(fusion, index, update, True, root if root.opcode == "dynamic-update-slice" else None)
+            size = update.operands[1 if update.opcode == "dynamic-update-slice" else 2].shape.bytes
+            yield Access(fusion, index, size, True, update if update.opcode == "dynamic-update-slice" else None)
 
 
-def _update_root(root: Instruction, index: tuple[int, ...]) -> Instruction | None:
-    """The in-place update that makes this output of a fusion, if one does."""
-    if root.opcode == "tuple" and len(index) == 1:
-        root = root.operands[index[0]]
-    while root.opcode == "bitcast":
-        root = root.operands[0]
-    single_scatter = root.opcode == "scatter" and len(root.operands) == 3
-    return root if root.opcode == "dynamic-update-slice" or single_scatter else None
+def _unwrapped(value: Instruction) -> Instruction:
+    while value.opcode == "bitcast":
+        value = value.operands[0]
+    return value
+
+
+def _is_in_place(update: Instruction, root: Instruction) -> bool:
+    """Whether a fusion with this root only writes the updated part: what is updated is a parameter, and the result
+    is an output of its own, so that XLA gives both the same memory. Any other update makes a new array."""
+    single_scatter = update.opcode == "scatter" and len(update.operands) == 3
+    if update.opcode != "dynamic-update-slice" and not single_scatter:
+        return False
+    outputs = root.operands if root.opcode == "tuple" else [root]
+    return any(_unwrapped(o) is update for o in outputs) and _unwrapped(update.operands[0]).opcode == "parameter"
 
 
 def _touched(value: Instruction, root: Instruction) -> tuple[int, Instruction | None]:
@@ -239,13 +246,17 @@ def _touched(value: Instruction, root: Instruction) -> tuple[int, Instruction | 
             slicer = user if user.opcode == "dynamic-slice" else slicer
         elif user.opcode == "gather" and sliced:
             size += user.shape.bytes
-        elif user.opcode == "dynamic-update-slice" and sliced:
+        elif user.opcode == "dynamic-update-slice" and sliced and _is_in_place(user, root):
             continue  # its other elements stay where they are
-        elif user.opcode == "scatter" and sliced and user is root:
+        elif user.opcode == "scatter" and sliced and _is_in_place(user, root):
             size += user.operands[-1].shape.bytes  # what the updates are combined with
         elif user.opcode in ("broadcast", "reshape") and value.opcode == "parameter":
             size += value.shape.bytes
-        elif user.opcode in _LAZY and user is not root and user.shape.elements == value.shape.elements:
+        elif (
+            (user.opcode in _LAZY or (user.opcode == "dynamic-update-slice" and sliced))
+            and user is not root
+            and user.shape.elements == value.shape.elements
+        ):
             share, deeper = _asked(user, root)
             if share < 1:
                 size += round(share * value.shape.bytes)
@@ -330,6 +341,14 @@ def runs(
     """
     total: dict[Computation, Runs] = {}
     unknown: list[Instruction] = []
+    measured_once: set[Instruction] = set()
+
+    def measured(instruction: Instruction, counts: Callable):
+        """What was measured of the whole program, for the first that asks: to whom else it belongs cannot be told."""
+        if instruction in measured_once:
+            return None
+        measured_once.add(instruction)
+        return counts(instruction)
 
     def visit(computation: Computation, times: Runs) -> None:
         before = total.get(computation, 0)
@@ -338,22 +357,21 @@ def runs(
             if instruction.opcode == "while":
                 condition, body = while_parts(instruction)
                 count = instruction.trip_count
-                measured = loop(instruction) if count is None else None
                 if times == 0:
                     visit(body, 0)
                     visit(condition, 0)
                 elif count is not None:
                     visit(body, None if times is None else times * count)
                     visit(condition, None if times is None else times * (count + 1))
-                elif measured is not None:
-                    visit(body, measured.body)
-                    visit(condition, measured.body + measured.entered)
+                elif (found := measured(instruction, loop)) is not None:
+                    visit(body, found.body)
+                    visit(condition, found.body + found.entered)
                 else:
                     unknown.append(instruction)
                     visit(body, None)
                     visit(condition, None)
             elif instruction.opcode == "conditional":
-                taken = (0,) * len(instruction.called) if times == 0 else branches(instruction)
+                taken = (0,) * len(instruction.called) if times == 0 else measured(instruction, branches)
                 if taken is None or len(taken) != len(instruction.called):
                     unknown.append(instruction)
                     taken = (None,) * len(instruction.called)

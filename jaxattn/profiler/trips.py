@@ -16,7 +16,7 @@ from jax import lax
 from jax.extend import core
 
 from jaxattn.profiler import private_jax
-from jaxattn.profiler.program import Program, inner_jaxprs, label_of
+from jaxattn.profiler.program import KERNELS, Program, inner_jaxprs, label_of
 
 _CALLS = frozenset(["jit", "pjit", "closed_call", "core_call", "remat", "checkpoint", "remat2",
                     "custom_jvp_call", "custom_vjp_call", "custom_vmap_call", "custom_partitioning",
@@ -28,12 +28,14 @@ class Measured:
     """Results of the counting run, by label.
 
     `loops`: (times entered, times the body ran). `branches`: times each branch ran. `operands`: values that
-    a Pallas kernel's control flow reads, by operand number. What is in none of them is unknown.
+    a Pallas kernel's control flow reads, by operand number. What is in none of them is unknown: for the labels in
+    `missing` since they depend on values that were not given.
     """
 
     loops: dict[int, tuple[int, int]]
     branches: dict[int, tuple[int, ...]]
     operands: dict[int, dict[int, np.ndarray]]
+    missing: frozenset[int]
     was_run: bool
 
 
@@ -53,6 +55,7 @@ def measure(program: Program, wanted: Iterable[int], operands: dict[int, tuple[i
         used = cut.inputs(jaxpr, [False] * len(jaxpr.outvars))
         return all(k or not u for k, u in zip(known, used, strict=True))
 
+    wanted = frozenset(label for label in wanted if Cut(frozenset([label]), {}).reaches(jaxpr))
     labels = frozenset(label for label in wanted if needs_only_what_is_known(label, {}))
     taps = {
         label: numbers
@@ -60,7 +63,7 @@ def measure(program: Program, wanted: Iterable[int], operands: dict[int, tuple[i
         if numbers and not program.sites[label].in_loop and needs_only_what_is_known(label, {label: numbers})
     }
     if not labels and not taps:
-        return Measured({}, {}, {}, was_run=False)
+        return Measured({}, {}, {}, wanted, was_run=False)
     cut = Cut(labels | frozenset(taps), taps)
 
     def count(*arguments):
@@ -73,13 +76,13 @@ def measure(program: Program, wanted: Iterable[int], operands: dict[int, tuple[i
     loops, branches, values = {}, {}, {}
     for label, counter in counters.items():
         kind = program.sites[label].kind
-        if kind == "pallas_call":
+        if kind in KERNELS:
             values[label] = dict(zip(taps[label], counter, strict=True))
         elif label in labels and kind == "cond":
             branches[label] = tuple(int(c) for c in counter)
         elif label in labels:
             loops[label] = (int(counter[0]), int(counter[1]))
-    return Measured(loops, branches, values, was_run=True)
+    return Measured(loops, branches, values, wanted - labels, was_run=True)
 
 
 def opened(jaxpr) -> core.Jaxpr:
@@ -105,9 +108,11 @@ class Cut:
 
     def counts(self, equation) -> bool:
         """Whether a site to be counted is this equation or inside it."""
-        if label_of(equation) in self.labels:
-            return True
-        return any(self.counts(e) for j in inner_jaxprs(equation) for e in opened(j).eqns)
+        return label_of(equation) in self.labels or any(self.reaches(j) for j in _followed(equation))
+
+    def reaches(self, jaxpr) -> bool:
+        """Whether a site to be counted lies where the run gets to."""
+        return any(self.counts(equation) for equation in opened(jaxpr).eqns)
 
     def plan(self, jaxpr: core.Jaxpr, outputs: list[bool]) -> tuple[list, list[bool]]:
         """The equations to run, each with the outputs asked of it; and the inputs that they need."""
@@ -137,7 +142,7 @@ class Cut:
         if kind == "cond":
             used = [self.inputs(b, asked) for b in params["branches"]]
             return [True, *(any(u) for u in zip(*used, strict=True))]
-        if kind == "pallas_call" and label_of(equation) in self.taps and not any(asked):
+        if kind in KERNELS and label_of(equation) in self.taps and not any(asked):
             return [i in self.taps[label_of(equation)] for i in range(len(equation.invars))]
         inner = called(equation)
         if inner is not None:
@@ -193,11 +198,12 @@ class Cut:
             return self.run_scan(equation, label, arguments, asked, counters)
         if kind == "cond":
             return self.run_cond(equation, label, arguments, asked, counters)
-        if kind == "pallas_call":
+        if kind in KERNELS:
             if label in self.taps:
                 counters = {**counters, label: tuple(jnp.asarray(arguments[i]) for i in self.taps[label])}
             if not any(asked):
                 return [None] * len(asked), counters
+        if kind == "pallas_call":
             equation = equation.replace(params={**equation.params, "interpret": True})
         inner = called(equation)
         if inner is not None:
@@ -214,7 +220,7 @@ class Cut:
                 if label is not None and equation.primitive.name in ("while", "scan", "cond"):
                     size = len(equation.params["branches"]) if equation.primitive.name == "cond" else 2
                     out.setdefault(label, jnp.zeros(size, jnp.int32))
-                out = self.inner_counters(inner_jaxprs(equation), out)
+                out = self.inner_counters(_followed(equation), out)
         return out
 
     def run_while(self, equation, label, arguments, asked, counters):
@@ -222,28 +228,29 @@ class Cut:
         n_cond, n_body = params["cond_nconsts"], params["body_nconsts"]
         cond_consts, body_consts = arguments[:n_cond], arguments[n_cond : n_cond + n_body]
         needed, _, _ = self.while_inputs(equation, asked)
-        counters = self.inner_counters([params["body_jaxpr"]], counters)
+        counters = self.inner_counters([params["cond_jaxpr"], params["body_jaxpr"]], counters)
         counters.setdefault(label, jnp.zeros(2, jnp.int32))
         counters[label] = counters[label].at[0].add(1)
-        blank = Cut(frozenset(), {})
 
-        def go_on(carry):
+        def go_on(carry, counters):
             inputs = [*cond_consts, *_spread(carry, needed)]
-            return jnp.asarray(blank.run(params["cond_jaxpr"], inputs, [True], {})[0][0])
+            (running,), counters = self.run(params["cond_jaxpr"], inputs, [True], counters)
+            return jnp.asarray(running), counters
 
         def body(state):
-            counters, carry = state
+            running, counters, carry = state
             counters = {**counters, label: counters[label].at[1].add(1)}
             inputs = [*body_consts, *_spread(carry, needed)]
             results, counters = self.run(params["body_jaxpr"], inputs, needed, counters)
-            running = go_on(carry)  # under vmap one truth value per element: the finished ones stand still
-            return counters, [
+            carry = [  # under vmap one truth value per element: the finished ones stand still
                 jnp.where(running.reshape(running.shape + (1,) * (jnp.ndim(old) - running.ndim)), new, old)
                 for new, old in zip(_keep(results, needed), carry, strict=True)
             ]
+            return *go_on(carry, counters), carry
 
         start = _keep(arguments[n_cond + n_body :], needed)
-        counters, carry = lax.while_loop(lambda state: go_on(state[1]).any(), body, (counters, start))
+        state = (*go_on(start, counters), start)
+        _, counters, carry = lax.while_loop(lambda state: state[0].any(), body, state)
         return _spread(carry, needed), counters
 
     def run_scan(self, equation, label, arguments, asked, counters):
@@ -309,6 +316,19 @@ def called(equation):
         if len(opened(j).invars) == len(equation.invars) and len(opened(j).outvars) == len(equation.outvars)
     ]
     return inner[0] if inner else None
+
+
+def _followed(equation) -> list:
+    """The jaxprs inside an equation that the counting run goes through itself, not as one operation of JAX's."""
+    kind, params = equation.primitive.name, equation.params
+    if kind == "while":
+        return [params["cond_jaxpr"], params["body_jaxpr"]]
+    if kind == "scan":
+        return [params["jaxpr"]]
+    if kind == "cond":
+        return list(params["branches"])
+    inner = called(equation)
+    return [] if inner is None else [inner]
 
 
 def _keep(values: Iterable, needed: list[bool]) -> list:
