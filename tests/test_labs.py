@@ -49,11 +49,14 @@ def test_labs_are_listed_and_a_wrong_name_is_refused(capsys):
         (["flash", "--seq", "64", "--block", "128"], "--block 128 must be at most --seq 64"),
         (["flash", "--heads", "0"], "0 must be at least 1"),
         (["gqa", "--heads", "8", "--gqa-groups", "3"], "--heads 8 must be a multiple of --gqa-groups 3"),
+        (["gqa", "--steps", "-1"], "-1 must be at least 0"),
+        (["anatomy", "--seed", "-1"], "-1 must be at least 0"),
         (["checkpoint", "--d", "20"], "--d 20 must be a multiple of 8"),
         (["toy", "--length", "9"], "--length 9 must be at most 8"),
         (["toy", "--task", "add"], "invalid choice: 'add'"),
         (["complexity", "--seq", "100"], "--seq 100 must be a multiple of 8 and at least 128"),
-        (["linear", "--seq", "10"], "--seq 10 must be a multiple of 4"),
+        (["linear", "--seq", "510"], "--seq 510 must be a multiple of 4 and at least 512"),
+        (["linear", "--seq", "256"], "--seq 256 must be a multiple of 4 and at least 512"),
         (["sparse", "--seq", "64"], "--seq 64 must be at least 256"),
         (["anatomy", "--seq", "x"], "'x' must be a whole number"),
         (["heads", "--checkpoint", "nowhere"], "no config.json"),
@@ -119,6 +122,9 @@ def test_checkpointing_changes_memory_and_work_and_no_gradient(in_this_process, 
 def test_checkpoint_s_gradients_are_compared_each_by_its_largest_value():
     small, large = np.array([1e-3, 2e-3]), np.array([5.0])
     assert checkpoint.difference([small + 1e-5, large], [small, large]) == pytest.approx(5e-3)
+    zero = np.zeros(2)
+    assert checkpoint.difference([zero, large], [zero, large]) == 0
+    assert checkpoint.difference([zero + 1e-20, large], [zero, large]) > 1
 
 
 @pytest.mark.slow
@@ -146,10 +152,11 @@ def test_sparse_patterns_are_counted_and_their_error_is_from_full_attention(in_t
     data = run(tmp_path, "sparse", "--seq", 256, "--heads", 1, "--d", 16)
     rows = {row["name"]: row for row in data["rows"] if row["seq"] == 256}
     assert rows["full"]["error"] == 0
+    assert rows["naive"]["error"] < 1e-5
     window = sum(min(255, t + 32) - max(0, t - 32) + 1 for t in range(256)) / 256**2
     assert rows["window"]["density"] == window
     assert rows["window"]["theory_flops"] == pytest.approx(window * rows["full"]["theory_flops"])
-    assert all(0.01 < rows[name]["error"] < 2 for name in rows if name != "full")
+    assert all(0.01 < rows[name]["error"] < 2 for name in rows if name not in ("full", "naive"))
     assert not any(row["unknown"] for row in rows.values())
 
 
@@ -298,20 +305,25 @@ def test_exponent_is_the_slope_of_a_power_law():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["flash", "checkpoint"])
+@pytest.mark.parametrize("name", ["flash", "checkpoint", "complexity", "linear", "sparse"])
 def test_memory_and_time_at_the_default_size(name, tmp_path, monkeypatch):
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     data = run(tmp_path, name)
+    assert any("memory" in claim["text"] for claim in data["claims"])
     assert all(claim["holds"] for claim in data["claims"])
     if name == "flash":
         naive, ours = ([r for r in data["rows"] if r["name"] == n and r["seq"] >= 4096] for n in flash.TIMED)
         for a, b in zip(naive, ours, strict=True):
             assert b["rss_bytes"] < a["rss_bytes"]
             assert b["time_s"] <= a["time_s"]
-    else:
+    elif name == "checkpoint":
         everything, nothing = data["rows"][0], data["rows"][-1]
         assert nothing["temporaries_bytes"] < everything["temporaries_bytes"] / 3
         assert nothing["rss_bytes"] < everything["rss_bytes"] / 2
+    elif name == "sparse":
+        longest = {row["name"]: row["rss_bytes"] for row in data["rows"] if row["seq"] == 2048}
+        dense = longest.pop("naive")
+        assert all(bytes_ < dense / 4 for bytes_ in longest.values())
 
 
 @pytest.mark.slow

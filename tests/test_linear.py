@@ -173,6 +173,9 @@ def test_a_query_whose_weights_are_all_zero_gives_zero():
         ({"key": np.ones((B, 9, K, H), np.float32), "is_causal": True}, "needs T = S, got T=13 and S=9"),
         ({"key": np.ones((B, T, 3, H), np.float32)}, "N=4 query heads must be a multiple of K=3"),
         ({"state": initial_state(B, K, H, HV)}, "it needs is_causal=True"),
+        ({"query": np.ones((T, N, H), np.float32)}, r"query of shape \(13, 4, 8\) must have the four axes"),
+        ({"value": np.ones((B, 9, K, HV), np.float32)}, r"value \(2, 9, 2, 5\) must be \[B=2, S, K, H=8\]"),
+        ({"feature_map": Cosine(max_length=12)}, "max_length=12 must be at least the 13 tokens"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):

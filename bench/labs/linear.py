@@ -19,19 +19,25 @@ from jaxattn import dot_product_attention
 from jaxattn.linear import FORMS, EluPlusOne, PositiveRandomFeatures, linear_attention
 
 DRAWS = 16  # of random features, for the mean error
+SHORTEST = 512
 COUNTS = (64, 128, 256, 512, 1024, 2048)
 AGREE = 1e-4  # of the largest output: the forms add up in another order
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seq", type=lab.positive, default=2048, help="longest length; a half and a quarter before")
+    parser.add_argument(
+        "--seq", type=lab.positive, default=2048, help="longest length (default 2048); a half and a quarter before"
+    )
     parser.add_argument("--d", type=lab.positive, default=64, help="head dim (default 64)")
-    parser.add_argument("--heads", type=lab.positive, default=4)
+    parser.add_argument("--heads", type=lab.positive, default=4, help="heads (default 4)")
 
 
 def check(options: argparse.Namespace) -> None:
-    if options.seq % 4:
-        raise ValueError(f"--seq {options.seq} must be a multiple of 4: its half and quarter are measured too")
+    if options.seq % 4 or options.seq < SHORTEST:
+        raise ValueError(
+            f"--seq {options.seq} must be a multiple of 4 and at least {SHORTEST}: its half and quarter "
+            "are measured too, and hold a chunk"
+        )
 
 
 def program(form: str, seq: int, heads: int, d: int, seed: int):
@@ -165,8 +171,7 @@ def draw(data: dict, path: Path) -> Path:
     ax.set_xlabel("random features F")
     axes[0, 0].legend(frameon=False, fontsize=8)
     chosen = data["settings"]
-    figure.suptitle(f"Linear attention: {chosen['heads']} heads of {chosen['d']}\n{lab.where(data)}", fontsize=10)
-    return lab.save_picture(figure, path)
+    return lab.save_picture(figure, f"Linear attention: {chosen['heads']} heads of {chosen['d']}", data, path)
 
 
 def see(data: dict) -> tuple[str, str]:

@@ -29,7 +29,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--variant", action="append", choices=list(VARIANTS), help=f"may be repeated (default {', '.join(DEFAULT)})"
     )
-    parser.add_argument("--steps", type=lab.positive, default=200)
+    parser.add_argument("--steps", type=lab.positive, default=200, help="of training (default 200)")
     parser.add_argument("--length", type=lab.positive, default=6, help="symbols or facts in a sequence (default 6)")
     parser.add_argument("--equal", action="store_true", help="also compare losses between implementations")
     parser.add_argument("--all", action="store_true", help="every task and variant, 600 steps, --equal: minutes")
@@ -202,12 +202,9 @@ def draw(data: dict, path: Path) -> Path:
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=7, frameon=False)
     chosen = data["settings"]
-    figure.suptitle(
-        f"Toy tasks: width {SIZES['d']}, {SIZES['layers']} layers, {chosen['steps']} steps, window {tasks.WINDOW}\n"
-        f"{lab.where(data)}",
-        fontsize=10,
-    )
-    return lab.save_picture(figure, path)
+    model = f"width {SIZES['d']}, {SIZES['layers']} layers"
+    title = f"Toy tasks: {model}, {chosen['steps']} steps, window {tasks.WINDOW}"
+    return lab.save_picture(figure, title, data, path)
 
 
 def see(data: dict) -> tuple[str, str]:
