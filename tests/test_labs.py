@@ -200,9 +200,36 @@ def test_toy_measures_a_step_and_learns_in_a_few(in_this_process, tmp_path, caps
     assert "worse" not in printed  # nothing lies outside the window
 
 
+def toy_loss(task, variant, loss):
+    return {"task": task, "variant": variant, "losses": [9.0] + [loss] * 10, "parameters": 5, "accuracy": 1.0}
+
+
+def test_toy_tells_one_head_from_eight_by_the_task_where_eight_win_most():
+    rows = [toy_loss("copy", "1 head", 0.1), toy_loss("copy", "MHA", 0.2)]
+    assert "which one wide head finds well; see --task reverse" in toy.heads_told(rows)
+    assert not [claim for claim in toy.claims(rows, []) if "8 heads" in claim["text"]]
+    rows += [toy_loss("reverse", "1 head", 0.5), toy_loss("reverse", "MHA", 0.01)]
+    assert "at equal width and equal parameters 8 heads end at loss 0.01, 1 head at 0.5 (reverse)" in toy.heads_told(
+        rows
+    )
+    assert [claim["holds"] for claim in toy.claims(rows, []) if "8 heads" in claim["text"]] == [True]
+    rows[-1]["losses"] = rows[-2]["losses"]
+    assert [claim["holds"] for claim in toy.claims(rows, []) if "8 heads" in claim["text"]] == [False]
+    assert "add --variant" in toy.heads_told(rows[:1])
+
+
+def test_toy_names_who_does_not_learn_each_task():
+    copy, recall = [row | {"by_distance": {}} for row in (toy_loss("copy", "MHA", 1), toy_loss("recall", "MHA", 1))]
+    window = recall | {"variant": "window", "accuracy": 0.5}
+    assert toy.see({"rows": [copy, recall, window]})[0] == (
+        "copy: all at least 0.98; recall: window 0.50, the others at least 0.98."
+    )
+    assert toy.told("recall", [window]) == "recall: window 0.50"
+
+
 def toy_row(variant, near, far):
     by_distance = {"3": near, "14": near, "15": far, "17": far}  # two layers of a window of 8 reach 14 back
-    return {"task": "recall", "variant": variant, "accuracy": (near + far) / 2, "by_distance": by_distance}
+    return toy_loss("recall", variant, 1) | {"accuracy": (near + far) / 2, "by_distance": by_distance}
 
 
 @pytest.mark.parametrize(
@@ -297,6 +324,9 @@ def test_heads_are_told_apart_by_distance_and_entropy():
     uniform = heads.measures(causal)
     assert uniform["entropy_bits"] == pytest.approx(np.log2(np.arange(1, T + 1)).mean())
     assert uniform["distance"] == pytest.approx((T - 1) / 4)
+    strays = np.eye(T)
+    strays[-3:] = first[-3:]
+    assert heads.measures(strays)["kind"] == "local"  # a few queries that look far back do not hide the others
     assert heads.measures(first)["top"] == {"1": 1, "2": 1, "4": 1, "8": 1}
 
 
@@ -324,6 +354,15 @@ def test_memory_and_time_at_the_default_size(name, tmp_path, monkeypatch):
         longest = {row["name"]: row["rss_bytes"] for row in data["rows"] if row["seq"] == 2048}
         dense = longest.pop("naive")
         assert all(bytes_ < dense / 4 for bytes_ in longest.values())
+
+
+@pytest.mark.slow
+def test_eight_heads_learn_to_reverse_and_one_as_wide_does_not(tmp_path):
+    data = run(tmp_path, "toy", "--task", "reverse", "--variant", "MHA", "--variant", "1 head")
+    eight, one = data["rows"]
+    assert eight["parameters"] == one["parameters"]
+    assert eight["accuracy"] >= 0.98
+    assert one["accuracy"] < 0.9
 
 
 @pytest.mark.slow

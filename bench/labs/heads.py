@@ -77,6 +77,7 @@ def run(options: argparse.Namespace) -> dict:
     drawn = weights[:MOST_LAYERS, :MOST_HEADS]
     return {
         "tokens": tokens.tolist(),
+        "dtype": str(parameters["embedding"].dtype),
         "accuracy": accuracy,
         "heads": heads,
         "temperatures": dict(zip(map(str, TEMPERATURES), entropies, strict=True)),
@@ -135,22 +136,22 @@ def entropy(weights: np.ndarray) -> np.ndarray:
 
 
 def measures(weights_TS: np.ndarray) -> dict:
-    """Of one head: mean distance and entropy over its queries, mass of the previous token and of the k largest keys.
+    """Of one head: median distance and mean entropy of its queries, mass of the previous token and the k largest keys.
 
-    kind: "previous token" where that has most of the mass; "local" where the mean distance is below half of that of a
+    kind: "previous token" where that has most of the mass; "local" where the distance is below half of that of a
     uniform causal head; "global" where the entropy is above three quarters of a uniform one's; else "content".
     """
     T = len(weights_TS)
     t, s = np.arange(T)[:, None], np.arange(T)[None, :]
     uniform = np.tri(T) / np.arange(1, T + 1)[:, None]
-    distance = float((weights_TS * (t - s)).sum(-1).mean())
+    distance, usual = (float(np.median((w * (t - s)).sum(-1))) for w in (weights_TS, uniform))
     bits, most_bits = float(entropy(weights_TS).mean()), float(entropy(uniform).mean())
     previous = float(np.diagonal(weights_TS, -1).mean()) if T > 1 else 0.0
     ordered = -np.sort(-weights_TS, axis=-1)
     kind = "content"
     if previous > 0.5:
         kind = "previous token"
-    elif distance < (uniform * (t - s)).sum(-1).mean() / 2:
+    elif distance < usual / 2:
         kind = "local"
     elif bits > 0.75 * most_bits:
         kind = "global"
@@ -225,8 +226,14 @@ def draw(data: dict, path: Path) -> Path:
     lower.set_ylabel("share of mass in them")
     lower.legend(frameon=False, fontsize=8)
     chosen = data["settings"]
-    what = chosen["checkpoint"] or f"a model of width {SIZES['d']} trained on {chosen['task']}"
-    return lab.save_picture(figure, f"Attention of each head (layer.head, kind): {what}", data, path)
+    what = (
+        Path(chosen["checkpoint"]).resolve().name
+        if chosen["checkpoint"]
+        else f"a model of width {SIZES['d']} trained on {chosen['task']}"
+    )
+    return lab.save_picture(
+        figure, f"Attention of each head (layer.head, kind): {what}", data, path, dtype=data["dtype"]
+    )
 
 
 def see(data: dict) -> tuple[str, str]:

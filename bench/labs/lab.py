@@ -214,12 +214,12 @@ def picture(rows: int, columns: int, width: float, height: float):
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def save_picture(figure, title: str, data: dict, path: Path) -> Path:
+def save_picture(figure, title: str, data: dict, path: Path, *, dtype: str = "float32") -> Path:
     """Write a figure below its title and the machine that its numbers are from."""
     import matplotlib.pyplot as plt
 
     found = data["environment"]
-    machine = f"{found['device_name']}, {found['cores']} cores, float32"
+    machine = f"{found['device_name']}, {found['cores']} cores, {dtype}"
     figure.suptitle(f"{title}\n{machine}", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
