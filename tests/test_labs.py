@@ -191,11 +191,11 @@ def assert_costs_are_shown(costs, printed):
         assert row["unknown"] == []
 
 
-def test_toy_measures_a_step_and_learns_in_a_few(in_this_process, tmp_path, capsys):
-    data = run(tmp_path, "toy", "--task", "sort", "--steps", 3, "--length", 2, "--variant", "window")
+def test_toy_measures_a_step_and_trains_for_as_little_as_one(in_this_process, tmp_path, capsys):
+    data = run(tmp_path, "toy", "--task", "sort", "--steps", 1, "--length", 2, "--variant", "window")
     printed = capsys.readouterr().out
     [row] = data["rows"]
-    assert (row["task"], row["variant"], len(row["losses"])) == ("sort", "window", 3)
+    assert (row["task"], row["variant"], len(row["losses"])) == ("sort", "window", 1)
     assert_costs_are_shown([data["cost"]], printed)
     assert "worse" not in printed  # nothing lies outside the window
 
@@ -206,7 +206,7 @@ def toy_loss(task, variant, loss):
 
 def test_toy_tells_one_head_from_eight_by_the_task_where_eight_win_most():
     rows = [toy_loss("copy", "1 head", 0.1), toy_loss("copy", "MHA", 0.2)]
-    assert "which one wide head finds well; see --task reverse" in toy.heads_told(rows)
+    assert "which one wide head finds well; see --task reverse --steps 300" in toy.heads_told(rows)
     assert not [claim for claim in toy.claims(rows, []) if "8 heads" in claim["text"]]
     rows += [toy_loss("reverse", "1 head", 0.5), toy_loss("reverse", "MHA", 0.01)]
     assert "at equal width and equal parameters 8 heads end at loss 0.01, 1 head at 0.5 (reverse)" in toy.heads_told(
@@ -216,6 +216,13 @@ def test_toy_tells_one_head_from_eight_by_the_task_where_eight_win_most():
     rows[-1]["losses"] = rows[-2]["losses"]
     assert [claim["holds"] for claim in toy.claims(rows, []) if "8 heads" in claim["text"]] == [False]
     assert "add --variant" in toy.heads_told(rows[:1])
+
+
+def test_toy_s_curves_are_means_of_the_last_steps():
+    for losses, steps, means in (([4, 2, 6, 0], [3, 4], [4, 8 / 3]), ([4, 2], [2], [3])):
+        for found, expected in zip(toy.smooth(losses, 3), (steps, means), strict=True):
+            np.testing.assert_allclose(found, expected)
+    assert toy.reached({"losses": [1.0] * 5 + [0.0] * 20}) == 15
 
 
 def test_toy_names_who_does_not_learn_each_task():
@@ -358,7 +365,7 @@ def test_memory_and_time_at_the_default_size(name, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_eight_heads_learn_to_reverse_and_one_as_wide_does_not(tmp_path):
-    data = run(tmp_path, "toy", "--task", "reverse", "--variant", "MHA", "--variant", "1 head")
+    data = run(tmp_path, "toy", "--task", "reverse", "--steps", 300, "--variant", "MHA", "--variant", "1 head")
     eight, one = data["rows"]
     assert eight["parameters"] == one["parameters"]
     assert eight["accuracy"] >= 0.98

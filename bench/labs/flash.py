@@ -155,7 +155,7 @@ def draw(data: dict, path: Path) -> Path:
         ax.bar([i + shift for i in range(len(errors))], [e[name] for e in errors], 0.38, color=colour, hatch=hatch)
     ax.set_yscale("log")
     ax.set_xticks(range(len(errors)), [e["dtype"] for e in errors])
-    ax.set_ylabel(f"error from float64, {lengths[0]} tokens")
+    ax.set_ylabel(f"largest error from float64, {lengths[0]} tokens")
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     mask = "causal" if not data["settings"]["full"] else "no mask"
     heads = f"{data['settings']['heads']} heads of {data['settings']['d']}"

@@ -156,10 +156,17 @@ def claims(rows: list[dict], equal: list[dict]) -> list[dict]:
 
 
 def reached(row: dict, loss: float = 0.1) -> int | None:
-    """The first step from which the mean loss of ten steps is below `loss`."""
-    means = np.convolve(row["losses"], np.full(10, 0.1), "valid")
+    """The first step at which the mean loss of the last ten is below `loss`."""
+    steps, means = smooth(row["losses"], 10)
     below = np.flatnonzero(means < loss)
-    return int(below[0]) + 10 if below.size else None
+    return int(steps[below[0]]) if below.size else None
+
+
+def smooth(losses: list[float], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Steps, and at each the mean loss of the last `width` of them, or of all where there are fewer."""
+    width = min(width, len(losses))
+    means = np.convolve(losses, np.full(width, 1 / width), "valid")
+    return np.arange(len(means)) + width, means
 
 
 def tables(data: dict):
@@ -196,10 +203,10 @@ def draw(data: dict, path: Path) -> Path:
             if row["task"] != task:
                 continue
             look = lab.STYLES[row["variant"]]
-            smooth = np.convolve(row["losses"], np.full(5, 0.2), "valid")
-            every = max(1, len(smooth) // 8)
+            steps, means = smooth(row["losses"], 5)
+            every = max(1, len(steps) // 8)
             drawn = {"color": look.colour, "linestyle": look.line, "marker": look.marker, "markersize": 5}
-            left.plot(np.arange(len(smooth)) + 5, smooth, markevery=every, label=row["variant"], **drawn)
+            left.plot(steps, means, markevery=every, label=row["variant"], **drawn)
             right.plot([int(n) for n in row["by_distance"]], list(row["by_distance"].values()), **drawn)
         left.set_yscale("log")
         left.set_xlabel("step")
@@ -253,7 +260,7 @@ def heads_told(rows: list[dict]) -> str:
     if eight >= one:
         return (
             f"{text} 1 head ends at loss {one:.3g}, 8 heads at {eight:.3g} ({task}): it asks for one place at a time, "
-            "which one wide head finds well; see --task reverse."
+            "which one wide head finds well; see --task reverse --steps 300."
         )
     return (
         f"{text} 8 heads end at loss {eight:.3g}, 1 head at {one:.3g} ({task}): one softmax is one set of weights for "
