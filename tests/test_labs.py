@@ -16,7 +16,7 @@ from bench.labs.measure import measure, measure_here
 def in_this_process(monkeypatch):
     """Small sizes need no process each: what is asserted here is no memory of processes."""
 
-    def here(function, cases, *, repeats=1, profile="all", save=None):
+    def here(function, cases, *, repeats=1, profile="all", save=None, enough_s=0):
         for index, case in enumerate(cases):
             counted = profile == "all" or index == len(cases) - 1
             yield measure_here(function, case, 1, counted, save and f"{save}/{index}.npz")

@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> dict:
     rows, kept = [], None
     with lab.Steps(len(POLICIES)) as steps:
         cases = [{"policy": policy, **shared} for policy in POLICIES]
-        found = measure_outputs("bench.labs.checkpoint:program", cases, repeats=3)
+        found = measure_outputs("bench.labs.checkpoint:program", cases, repeats=5, enough_s=4.0)
         for policy in POLICIES:
             steps.start(policy)
             row, (loss, *gradients) = next(found)
