@@ -164,9 +164,10 @@ def draw(data: dict, path: Path) -> Path:
     ax.legend(frameon=False, fontsize=8)
     ax = axes[0, 2]
     counts, errors = zip(*((row["features"], row["error"]) for row in data["errors"]), strict=True)
-    lab.line(ax, "linear", counts, errors)
-    ax.plot(counts, [errors[0] * (counts[0] / n) ** 0.5 for n in counts], color="#808080", linestyle=":")
-    ax.text(counts[-1], errors[0] * (counts[0] / counts[-1]) ** 0.5, "1/root(F)  ", ha="right", va="bottom", fontsize=8)
+    lab.line(ax, "linear", counts, errors, label="random features")
+    theory = [errors[0] * (counts[0] / n) ** 0.5 for n in counts]
+    ax.plot(counts, theory, color="#808080", linestyle=":", label="falling as 1 / root of F")
+    ax.legend(frameon=False, fontsize=8)
     lab.length_axes(ax, list(counts), "relative error against softmax attention")
     ax.set_xlabel("random features F")
     axes[0, 0].legend(frameon=False, fontsize=8)
