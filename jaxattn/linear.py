@@ -38,7 +38,10 @@ class Cosine:
     The product phi(q_t) . phi(k_s) = relu(q) . relu(k) cos(pi (t - s) / 2 M) favours near tokens.
 
     Args:
-      max_length: M; positions must be below it.
+      max_length: M; positions must be below it, those of later decoding steps too.
+
+    Raises:
+      ValueError: when called with more tokens than max_length.
 
     Source: Qin et al., cosFormer (2022), equations 9 and 10.
     """
@@ -48,6 +51,8 @@ class Cosine:
     def __call__(self, x, positions, is_query: bool):
         """Features [..., T, 2 H] of x [..., T, H] at positions [T]."""
         del is_query
+        if x.shape[-2] > self.max_length:
+            raise ValueError(f"max_length={self.max_length} must be at least the {x.shape[-2]} tokens")
         angle = (jnp.pi / 2) * positions.astype(x.dtype)[:, None] / self.max_length
         x = jax.nn.relu(x)
         return jnp.concatenate([x * jnp.cos(angle), x * jnp.sin(angle)], axis=-1)
@@ -158,6 +163,9 @@ def linear_attention(
       ...                                 state=state, return_state=True)
     """
     query, key, value = jnp.asarray(query), jnp.asarray(key), jnp.asarray(value)
+    for name, array in (("query", query), ("key", key), ("value", value)):
+        if array.ndim != 4:
+            raise ValueError(f"{name} of shape {array.shape} must have the four axes batch, tokens, heads, head dim")
     B, T, N, H = query.shape
     S, K = key.shape[1:3]
     if N % K:
@@ -170,6 +178,8 @@ def linear_attention(
         raise ValueError(f"causal linear attention needs T = S, got T={T} and S={S}; pass the past as a state")
     if state is not None and not is_causal:
         raise ValueError("a state holds the past of causal attention: it needs is_causal=True")
+    if key.shape != (B, S, K, H) or value.shape[:3] != (B, S, K):
+        raise ValueError(f"key {key.shape} and value {value.shape} must be [B={B}, S, K, H={H}] and [B={B}, S, K, Hv]")
 
     dtype = jnp.promote_types(query.dtype, jnp.float32)
     if scale is None:

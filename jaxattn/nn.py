@@ -64,7 +64,11 @@ class KVCache:
         return mask.shift(self.length) & Lengths(key=self.length + T) & ~Lengths(key=self.start)
 
     def append(self, key: jax.Array, value: jax.Array) -> KVCache:
-        """The cache with T more slots filled, from `length` on; the caller sees to it that they fit."""
+        """The cache with T more slots filled, from `length` on, by key [B, T, K, H] and value [B, T, K, U].
+
+        The caller sees to it that they fit: length is not known while tracing, and beyond the last slot the last ones
+        are overwritten.
+        """
         at = (0, self.length, 0, 0)
         return KVCache(
             jax.lax.dynamic_update_slice(self.key, key.astype(self.key.dtype), at),
@@ -127,10 +131,15 @@ class Attention(nnx.Module):
         rngs: nnx.Rngs,
     ):
         N, K = n_heads, n_heads if n_kv_heads is None else n_kv_heads
+        for name, size in (("d_model", d_model), ("n_heads", N), ("n_kv_heads", K)):
+            if size < 1:
+                raise ValueError(f"{name}={size} must be at least 1")
         if head_dim is None and d_model % N:
             raise ValueError(f"d_model={d_model} must be a multiple of n_heads={N}, or head_dim be given")
         H = d_model // N if head_dim is None else head_dim
         U = H if value_dim is None else value_dim
+        if min(H, U) < 1:
+            raise ValueError(f"head_dim={H} and value_dim={U} must be at least 1")
         if N % K:
             raise ValueError(f"n_heads={N} must be a multiple of n_kv_heads={K}")
         if not mask.is_static:
@@ -170,13 +179,17 @@ class Attention(nnx.Module):
           x: [B, T, D], or [T, D] without a cache.
           positions: int [T] or [B, T] for the rotation; None counts from 0, or on from the cache.
           mask: narrows the layer's own mask; with a cache, in terms of slots.
-          cache: from `init_cache` or an earlier call.
+          cache: from `init_cache` or an earlier call, with T slots left.
 
         Returns: [B, T, D] in the computation's dtype; with a cache the pair (output, next cache).
+        Raises: ValueError where x does not fit the layer, or the cache's batch or slots.
         """
         if cache is None:
             return self.stages(x, positions=positions, mask=mask).output
-        T = x.shape[-2]
+        B, slots = cache.key.shape[:2]
+        if x.ndim != 3 or x.shape[0] != B or x.shape[1] > slots:
+            raise ValueError(f"x of shape {x.shape} must be [B={B}, T, D], T at most {slots}, for the cache given")
+        T = x.shape[1]
         query, key, value = self.project(x)
         positions = cache.positions(T) if positions is None else positions
         query, key = self.rotate(query, positions), self.rotate(key, positions)
@@ -207,12 +220,13 @@ class Attention(nnx.Module):
 
     def project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """x [..., T, D] -> query [..., T, N, H], key [..., T, K, H], value [..., T, K, U]."""
+        if x.shape[-1] != self.wq.shape[0]:
+            raise ValueError(f"x of shape {x.shape} must end with d_model={self.wq.shape[0]}")
         pairs = ((self.wq, self.bq), (self.wk, self.bk), (self.wv, self.bv))
         return tuple(_linear("...d,dnh->...nh", x, w, b, self.dtype) for w, b in pairs)
 
     def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        """Rotate queries or keys [..., T, N, H] by their positions; as they are where the layer has no
-        RoPE."""
+        """Rotate queries or keys [..., T, N, H] by their positions; as they are where the layer has no RoPE."""
         return x if self.rope is None else rope_.rotate(x, positions, self.rope)
 
     def attend(self, query, key, value, mask: Mask, *, residual: bool = False):
@@ -288,9 +302,11 @@ class RMSNorm(nnx.Module):
 class GatedMLP(nnx.Module):
     """(activation(x wg + bg) * (x wu + bu)) wd + bd: a gated linear unit.
 
-    Args: d_model: D. d_mlp: F, its hidden width. activation: silu makes it SwiGLU. bias: on all three
-    projections,
-      zero at first. dtype, param_dtype, kernel_init, rngs: as in `Attention`.
+    Args:
+      d_model: D. d_mlp: F, its hidden width.
+      activation: silu makes it SwiGLU.
+      bias: on all three projections, zero at first.
+      dtype, param_dtype, kernel_init, rngs: as in `Attention`.
 
     Source: Shazeer, arXiv:2002.05202, equation 6.
 
@@ -352,8 +368,7 @@ class Block(nnx.Module):
         mask: Mask | None = None,
         cache: KVCache | None = None,
     ):
-        """x [B, T, D] -> the same shape; with a cache the pair (x, next cache). Arguments as for
-        `Attention`."""
+        """x [B, T, D] -> the same shape; with a cache the pair (x, next cache). Arguments as for `Attention`."""
         attended = self.attention(self.attention_norm(x), positions=positions, mask=mask, cache=cache)
         attended, cache = attended if cache is not None else (attended, None)
         x = x + attended
@@ -371,13 +386,11 @@ class Transformer(nnx.Module):
       vocab_size: V. d_model: D. n_layers: number of blocks.
       block: makes one block from `nnx.Rngs`.
       tied: project with the embedding; otherwise `unembedding` [V, D] is a parameter of its own.
-      eps: of the last norm. dtype: of the computation; None means that of the embedding. param_dtype: of
-      embedding,
-        norm and projection. Embeddings are normal with standard deviation 0.02 at first.
-      remat: None keeps every activation for the backward pass; else a policy of `jax.checkpoint_policies`
-      for one
-        block (`nothing_saveable`, `dots_saveable`, `save_only_these_names("context")` keeps attention's
-        output).
+      eps: of the last norm.
+      dtype: of the computation; None means that of the embedding.
+      param_dtype: of embedding, norm and projection. Embeddings are normal with standard deviation 0.02 at first.
+      remat: None keeps every activation for the backward pass; else a policy of `jax.checkpoint_policies` for one
+        block (`nothing_saveable`, `dots_saveable`; `save_only_these_names("context")` keeps attention's output).
 
     >>> def block(rngs):
     ...     norms = [RMSNorm(8, rngs=rngs) for _ in range(2)]
@@ -434,8 +447,7 @@ class Transformer(nnx.Module):
         mask: Mask | None = None,
         cache: KVCache | None = None,
     ):
-        """What `logits` projects: [B, T, D] after the last norm; with a cache the pair with the next
-        cache."""
+        """What `logits` projects: [B, T, D] after the last norm; with a cache the pair with the next cache."""
         x = self.embedding[tokens].astype(self.dtype or self.embedding.dtype)
         graph, parameters = nnx.split(self.blocks)
 
@@ -466,8 +478,7 @@ class Transformer(nnx.Module):
         )
 
     def init_cache(self, batch: int, slots: int, *, dtype: Any = None, start: jax.Array | None = None) -> KVCache:
-        """An empty cache: key and value [n_layers, B, slots, K, H]; arguments as for
-        `Attention.init_cache`."""
+        """An empty cache: key and value [n_layers, B, slots, K, H]; arguments as for `Attention.init_cache`."""
         graph, parameters = nnx.split(self.blocks)
         first = nnx.merge(graph, jax.tree.map(lambda x: x[0], parameters))
         one = first.attention.init_cache(batch, slots, dtype=dtype or self.dtype, start=start)
@@ -508,8 +519,7 @@ def generate(model: Transformer, tokens: jax.Array, new_tokens: int, *, padding:
 
 @nnx.jit
 def advance(model: Transformer, tokens: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-    """Take in tokens [B, T] and choose the next: (int32 [B, 1], next cache). Prefill and decode are both
-    this."""
+    """Take in tokens [B, T] and choose the next: (int32 [B, 1], next cache). Prefill and decode are both this."""
     hidden, cache = model.hidden(tokens, cache=cache)
     return jnp.argmax(model.logits(hidden[:, -1:]), axis=-1).astype(jnp.int32), cache
 

@@ -16,7 +16,7 @@ from bench.labs.measure import measure, measure_here
 def in_this_process(monkeypatch):
     """Small sizes need no process each: what is asserted here is no memory of processes."""
 
-    def here(function, cases, *, repeats=1, profile="all", save=None):
+    def here(function, cases, *, repeats=1, profile="all", save=None, enough_s=0):
         for index, case in enumerate(cases):
             counted = profile == "all" or index == len(cases) - 1
             yield measure_here(function, case, 1, counted, save and f"{save}/{index}.npz")
@@ -49,11 +49,14 @@ def test_labs_are_listed_and_a_wrong_name_is_refused(capsys):
         (["flash", "--seq", "64", "--block", "128"], "--block 128 must be at most --seq 64"),
         (["flash", "--heads", "0"], "0 must be at least 1"),
         (["gqa", "--heads", "8", "--gqa-groups", "3"], "--heads 8 must be a multiple of --gqa-groups 3"),
+        (["gqa", "--steps", "-1"], "-1 must be at least 0"),
+        (["anatomy", "--seed", "-1"], "-1 must be at least 0"),
         (["checkpoint", "--d", "20"], "--d 20 must be a multiple of 8"),
         (["toy", "--length", "9"], "--length 9 must be at most 8"),
         (["toy", "--task", "add"], "invalid choice: 'add'"),
         (["complexity", "--seq", "100"], "--seq 100 must be a multiple of 8 and at least 128"),
-        (["linear", "--seq", "10"], "--seq 10 must be a multiple of 4"),
+        (["linear", "--seq", "510"], "--seq 510 must be a multiple of 4 and at least 512"),
+        (["linear", "--seq", "256"], "--seq 256 must be a multiple of 4 and at least 512"),
         (["sparse", "--seq", "64"], "--seq 64 must be at least 256"),
         (["anatomy", "--seq", "x"], "'x' must be a whole number"),
         (["heads", "--checkpoint", "nowhere"], "no config.json"),
@@ -119,6 +122,9 @@ def test_checkpointing_changes_memory_and_work_and_no_gradient(in_this_process, 
 def test_checkpoint_s_gradients_are_compared_each_by_its_largest_value():
     small, large = np.array([1e-3, 2e-3]), np.array([5.0])
     assert checkpoint.difference([small + 1e-5, large], [small, large]) == pytest.approx(5e-3)
+    zero = np.zeros(2)
+    assert checkpoint.difference([zero, large], [zero, large]) == 0
+    assert checkpoint.difference([zero + 1e-20, large], [zero, large]) > 1
 
 
 @pytest.mark.slow
@@ -146,10 +152,11 @@ def test_sparse_patterns_are_counted_and_their_error_is_from_full_attention(in_t
     data = run(tmp_path, "sparse", "--seq", 256, "--heads", 1, "--d", 16)
     rows = {row["name"]: row for row in data["rows"] if row["seq"] == 256}
     assert rows["full"]["error"] == 0
+    assert rows["naive"]["error"] < 1e-5
     window = sum(min(255, t + 32) - max(0, t - 32) + 1 for t in range(256)) / 256**2
     assert rows["window"]["density"] == window
     assert rows["window"]["theory_flops"] == pytest.approx(window * rows["full"]["theory_flops"])
-    assert all(0.01 < rows[name]["error"] < 2 for name in rows if name != "full")
+    assert all(0.01 < rows[name]["error"] < 2 for name in rows if name not in ("full", "naive"))
     assert not any(row["unknown"] for row in rows.values())
 
 
@@ -184,18 +191,52 @@ def assert_costs_are_shown(costs, printed):
         assert row["unknown"] == []
 
 
-def test_toy_measures_a_step_and_learns_in_a_few(in_this_process, tmp_path, capsys):
-    data = run(tmp_path, "toy", "--task", "sort", "--steps", 3, "--length", 2, "--variant", "window")
+def test_toy_measures_a_step_and_trains_for_as_little_as_one(in_this_process, tmp_path, capsys):
+    data = run(tmp_path, "toy", "--task", "sort", "--steps", 1, "--length", 2, "--variant", "window")
     printed = capsys.readouterr().out
     [row] = data["rows"]
-    assert (row["task"], row["variant"], len(row["losses"])) == ("sort", "window", 3)
+    assert (row["task"], row["variant"], len(row["losses"])) == ("sort", "window", 1)
     assert_costs_are_shown([data["cost"]], printed)
     assert "worse" not in printed  # nothing lies outside the window
 
 
+def toy_loss(task, variant, loss):
+    return {"task": task, "variant": variant, "losses": [9.0] + [loss] * 10, "parameters": 5, "accuracy": 1.0}
+
+
+def test_toy_tells_one_head_from_eight_by_the_task_where_eight_win_most():
+    rows = [toy_loss("copy", "1 head", 0.1), toy_loss("copy", "MHA", 0.2)]
+    assert "which one wide head finds well; see --task reverse --steps 300" in toy.heads_told(rows)
+    assert not [claim for claim in toy.claims(rows, []) if "8 heads" in claim["text"]]
+    rows += [toy_loss("reverse", "1 head", 0.5), toy_loss("reverse", "MHA", 0.01)]
+    assert "at equal width and equal parameters 8 heads end at loss 0.01, 1 head at 0.5 (reverse)" in toy.heads_told(
+        rows
+    )
+    assert [claim["holds"] for claim in toy.claims(rows, []) if "8 heads" in claim["text"]] == [True]
+    rows[-1]["losses"] = rows[-2]["losses"]
+    assert [claim["holds"] for claim in toy.claims(rows, []) if "8 heads" in claim["text"]] == [False]
+    assert "add --variant" in toy.heads_told(rows[:1])
+
+
+def test_toy_s_curves_are_means_of_the_last_steps():
+    for losses, steps, means in (([4, 2, 6, 0], [3, 4], [4, 8 / 3]), ([4, 2], [2], [3])):
+        for found, expected in zip(toy.smooth(losses, 3), (steps, means), strict=True):
+            np.testing.assert_allclose(found, expected)
+    assert toy.reached({"losses": [1.0] * 5 + [0.0] * 20}) == 15
+
+
+def test_toy_names_who_does_not_learn_each_task():
+    copy, recall = [row | {"by_distance": {}} for row in (toy_loss("copy", "MHA", 1), toy_loss("recall", "MHA", 1))]
+    window = recall | {"variant": "window", "accuracy": 0.5}
+    assert toy.see({"rows": [copy, recall, window]})[0] == (
+        "copy: all at least 0.98; recall: window 0.50, the others at least 0.98."
+    )
+    assert toy.told("recall", [window]) == "recall: window 0.50"
+
+
 def toy_row(variant, near, far):
     by_distance = {"3": near, "14": near, "15": far, "17": far}  # two layers of a window of 8 reach 14 back
-    return {"task": "recall", "variant": variant, "accuracy": (near + far) / 2, "by_distance": by_distance}
+    return toy_loss("recall", variant, 1) | {"accuracy": (near + far) / 2, "by_distance": by_distance}
 
 
 @pytest.mark.parametrize(
@@ -290,6 +331,9 @@ def test_heads_are_told_apart_by_distance_and_entropy():
     uniform = heads.measures(causal)
     assert uniform["entropy_bits"] == pytest.approx(np.log2(np.arange(1, T + 1)).mean())
     assert uniform["distance"] == pytest.approx((T - 1) / 4)
+    strays = np.eye(T)
+    strays[-3:] = first[-3:]
+    assert heads.measures(strays)["kind"] == "local"  # a few queries that look far back do not hide the others
     assert heads.measures(first)["top"] == {"1": 1, "2": 1, "4": 1, "8": 1}
 
 
@@ -298,20 +342,34 @@ def test_exponent_is_the_slope_of_a_power_law():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["flash", "checkpoint"])
+@pytest.mark.parametrize("name", ["flash", "checkpoint", "complexity", "linear", "sparse"])
 def test_memory_and_time_at_the_default_size(name, tmp_path, monkeypatch):
     monkeypatch.delenv("XLA_FLAGS", raising=False)
     data = run(tmp_path, name)
+    assert any("memory" in claim["text"] for claim in data["claims"])
     assert all(claim["holds"] for claim in data["claims"])
     if name == "flash":
         naive, ours = ([r for r in data["rows"] if r["name"] == n and r["seq"] >= 4096] for n in flash.TIMED)
         for a, b in zip(naive, ours, strict=True):
             assert b["rss_bytes"] < a["rss_bytes"]
             assert b["time_s"] <= a["time_s"]
-    else:
+    elif name == "checkpoint":
         everything, nothing = data["rows"][0], data["rows"][-1]
         assert nothing["temporaries_bytes"] < everything["temporaries_bytes"] / 3
         assert nothing["rss_bytes"] < everything["rss_bytes"] / 2
+    elif name == "sparse":
+        longest = {row["name"]: row["rss_bytes"] for row in data["rows"] if row["seq"] == 2048}
+        dense = longest.pop("naive")
+        assert all(bytes_ < dense / 4 for bytes_ in longest.values())
+
+
+@pytest.mark.slow
+def test_eight_heads_learn_to_reverse_and_one_as_wide_does_not(tmp_path):
+    data = run(tmp_path, "toy", "--task", "reverse", "--steps", 300, "--variant", "MHA", "--variant", "1 head")
+    eight, one = data["rows"]
+    assert eight["parameters"] == one["parameters"]
+    assert eight["accuracy"] >= 0.98
+    assert one["accuracy"] < 0.9
 
 
 @pytest.mark.slow

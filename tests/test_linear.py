@@ -101,7 +101,7 @@ def test_decoding_a_token_at_a_time_from_the_state_continues_the_prompt():
 def test_random_features_estimate_softmax_attention_at_the_rate_of_one_over_the_root_of_their_number():
     # Lemma 2: the error of one weight is exp(|q + k|^2 / 2) / sqrt(F) times the weight: short vectors, to see the rate.
     q, k, v = np.random.default_rng(0).standard_normal((3, 1, 16, 2, 16), np.float32)
-    q, k = 0.5 * q, 0.5 * k
+    q, k = 0.35 * q, 0.35 * k
 
     @functools.partial(jax.jit, static_argnums=1)
     def error(seeds, count):
@@ -114,7 +114,7 @@ def test_random_features_estimate_softmax_attention_at_the_rate_of_one_over_the_
     counts = (128, 512, 2048)
     errors = [float(error(np.arange(10), count)) for count in counts]
     slope = np.polyfit(np.log(counts), np.log(errors), 1)[0]
-    assert -0.65 < slope < -0.4, (slope, errors)
+    assert slope == pytest.approx(-0.5, abs=0.08), errors
 
 
 def test_random_features_are_orthogonal_within_a_block_with_gaussian_norms():
@@ -173,6 +173,9 @@ def test_a_query_whose_weights_are_all_zero_gives_zero():
         ({"key": np.ones((B, 9, K, H), np.float32), "is_causal": True}, "needs T = S, got T=13 and S=9"),
         ({"key": np.ones((B, T, 3, H), np.float32)}, "N=4 query heads must be a multiple of K=3"),
         ({"state": initial_state(B, K, H, HV)}, "it needs is_causal=True"),
+        ({"query": np.ones((T, N, H), np.float32)}, r"query of shape \(13, 4, 8\) must have the four axes"),
+        ({"value": np.ones((B, 9, K, HV), np.float32)}, r"value \(2, 9, 2, 5\) must be \[B=2, S, K, H=8\]"),
+        ({"feature_map": Cosine(max_length=12)}, "max_length=12 must be at least the 13 tokens"),
     ],
 )
 def test_wrong_arguments_are_named(arguments, message):

@@ -174,6 +174,8 @@ def test_left_padding_changes_nothing_whatever_the_padding_holds():
     ("options", "words"),
     [
         (dict(n_kv_heads=3), "n_heads=4 must be a multiple of n_kv_heads=3"),
+        (dict(n_kv_heads=0), "n_kv_heads=0 must be at least 1"),
+        (dict(value_dim=0), "head_dim=8 and value_dim=0 must be at least 1"),
         (dict(rope=rope.RopeConfig(16)), "rope.head_dim=16 must be the layer's head_dim=8"),
         (dict(mask=Dense(jnp.ones((3, 3), bool))), "must hold no arrays"),
     ],
@@ -181,6 +183,21 @@ def test_left_padding_changes_nothing_whatever_the_padding_holds():
 def test_wrong_configuration_is_named(options, words):
     with pytest.raises(ValueError, match=words):
         attention(**options)
+
+
+@pytest.mark.parametrize(
+    ("shape", "batch", "words"),
+    [
+        ((2, 5, 16), 2, r"x of shape \(2, 5, 16\) must end with d_model=32"),
+        ((2, 5, 32), 1, r"x of shape \(2, 5, 32\) must be \[B=1, T, D\], T at most 8"),
+        ((5, 32), 1, r"x of shape \(5, 32\) must be \[B=1, T, D\]"),
+        ((1, 9, 32), 1, r"x of shape \(1, 9, 32\) must be \[B=1, T, D\], T at most 8"),
+    ],
+)
+def test_tokens_that_do_not_fit_the_layer_or_its_cache_are_named(shape, batch, words):
+    layer = attention()
+    with pytest.raises(ValueError, match=words):
+        nnx.eval_shape(lambda x: layer(x, cache=layer.init_cache(batch, slots=8)), jnp.zeros(shape))
 
 
 def test_rms_norm_divides_by_the_root_mean_square():

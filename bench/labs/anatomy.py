@@ -23,7 +23,7 @@ AGREE = 1e-6
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seq", type=lab.positive, default=4, help="tokens of the steps (default 4)")
     parser.add_argument("--d", type=lab.positive, default=8, help="head dim (default 8)")
-    parser.add_argument("--heads", type=lab.positive, default=2)
+    parser.add_argument("--heads", type=lab.positive, default=2, help="heads (default 2)")
 
 
 def check(options: argparse.Namespace) -> None:

@@ -21,9 +21,11 @@ NEAR = 0.25  # how far a fitted exponent may lie from the one that is claimed
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seq", type=lab.positive, default=4096, help=f"longest length; {DOUBLINGS} halvings before")
+    parser.add_argument(
+        "--seq", type=lab.positive, default=4096, help=f"longest length (default 4096); {DOUBLINGS} halvings before"
+    )
     parser.add_argument("--d", type=lab.positive, default=64, help="head dim (default 64)")
-    parser.add_argument("--heads", type=lab.positive, default=1)
+    parser.add_argument("--heads", type=lab.positive, default=1, help="heads (default 1)")
 
 
 def check(options: argparse.Namespace) -> None:
@@ -140,8 +142,8 @@ def draw(data: dict, path: Path) -> Path:
         ax.tick_params(axis="x", labelrotation=45)
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     chosen = data["settings"]
-    figure.suptitle(f"Cost against length: {chosen['heads']} head(s) of {chosen['d']}\n{lab.where(data)}", fontsize=10)
-    return lab.save_picture(figure, path)
+    heads = "1 head" if chosen["heads"] == 1 else f"{chosen['heads']} heads"
+    return lab.save_picture(figure, f"Cost against length: {heads} of {chosen['d']}", data, path)
 
 
 def see(data: dict) -> tuple[str, str]:

@@ -24,9 +24,11 @@ LARGEST_ERROR = 1e-5  # between the two in float32, inputs normal
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seq", type=lab.positive, default=1024, help="shortest length; 2x and 4x follow")
+    parser.add_argument(
+        "--seq", type=lab.positive, default=1024, help="shortest length (default 1024); 2x and 4x follow"
+    )
     parser.add_argument("--d", type=lab.positive, default=64, help="head dim (default 64)")
-    parser.add_argument("--heads", type=lab.positive, default=4)
+    parser.add_argument("--heads", type=lab.positive, default=4, help="heads (default 4)")
     parser.add_argument("--block", type=lab.positive, default=256, help="tokens a side of a tile (default 256)")
     parser.add_argument("--full", action="store_true", help="no causal mask")
 
@@ -153,15 +155,11 @@ def draw(data: dict, path: Path) -> Path:
         ax.bar([i + shift for i in range(len(errors))], [e[name] for e in errors], 0.38, color=colour, hatch=hatch)
     ax.set_yscale("log")
     ax.set_xticks(range(len(errors)), [e["dtype"] for e in errors])
-    ax.set_ylabel(f"error from float64, {lengths[0]} tokens")
+    ax.set_ylabel(f"largest error from float64, {lengths[0]} tokens")
     figure.legend(loc="outside lower center", ncols=2, frameon=False)
     mask = "causal" if not data["settings"]["full"] else "no mask"
-    figure.suptitle(
-        f"Flash (blockwise) against baseline (naive): {data['settings']['heads']} heads of {data['settings']['d']}, "
-        f"{mask}\n{lab.where(data)}",
-        fontsize=10,
-    )
-    return lab.save_picture(figure, path)
+    heads = f"{data['settings']['heads']} heads of {data['settings']['d']}"
+    return lab.save_picture(figure, f"Flash (blockwise) against baseline (naive): {heads}, {mask}", data, path)
 
 
 def see(data: dict) -> tuple[str, str]:

@@ -25,18 +25,18 @@ PHASES = {"prefill": "all tokens attend", "decode": "one token attends to all be
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seq", type=lab.positive, default=1024)
+    parser.add_argument("--seq", type=lab.positive, default=1024, help="tokens (default 1024)")
     parser.add_argument("--d", type=lab.positive, default=64, help="head dim (default 64)")
-    parser.add_argument("--heads", type=lab.positive, default=8)
+    parser.add_argument("--heads", type=lab.positive, default=8, help="query heads (default 8)")
     parser.add_argument("--gqa-groups", type=lab.positive, default=4, help="key/value heads of GQA (default 4)")
-    parser.add_argument("--steps", type=int, default=150, help="of training on the toy task; 0 leaves it out")
+    parser.add_argument(
+        "--steps", type=lab.natural, default=150, help="of training on the toy task (default 150); 0 leaves it out"
+    )
 
 
 def check(options: argparse.Namespace) -> None:
     if options.heads % options.gqa_groups:
         raise ValueError(f"--heads {options.heads} must be a multiple of --gqa-groups {options.gqa_groups}")
-    if options.steps < 0:
-        raise ValueError(f"--steps {options.steps} must be at least 0")
 
 
 def program(phase: str, seq: int, d: int, heads: int, kv_heads: int, seed: int):
@@ -185,12 +185,8 @@ def draw(data: dict, path: Path) -> Path:
     if data["settings"]["steps"]:
         ax.legend(frameon=False, fontsize=9)
     chosen = data["settings"]
-    figure.suptitle(
-        f"Fewer key/value heads: {chosen['heads']} query heads of {chosen['d']}, {chosen['seq']} tokens\n"
-        f"{lab.where(data)}",
-        fontsize=10,
-    )
-    return lab.save_picture(figure, path)
+    title = f"Fewer key/value heads: {chosen['heads']} query heads of {chosen['d']}, {chosen['seq']} tokens"
+    return lab.save_picture(figure, title, data, path)
 
 
 def see(data: dict) -> tuple[str, str]:

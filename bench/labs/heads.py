@@ -25,11 +25,12 @@ MOST_SHARES = (1, 2, 4, 8)
 MOST_TOKENS = 256
 SIZES = {"d": 64, "layers": 2}
 MOST_LAYERS, MOST_HEADS = 4, 8  # drawn
+LAYER_LOOKS = (("#404040", "o", "-"), ("#d55e00", "s", "--"), ("#56b4e9", "D", "-."), ("#4b0082", "^", ":"))
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", choices=tasks.TASKS, default="copy", help="to train on (default copy)")
-    parser.add_argument("--steps", type=lab.positive, default=200)
+    parser.add_argument("--steps", type=lab.positive, default=200, help="of training (default 200)")
     parser.add_argument("--length", type=lab.positive, default=7, help="symbols or facts in a sequence (default 7)")
     parser.add_argument("--checkpoint", type=Path, help="a Llama-family folder to look at instead")
     parser.add_argument("--tokens", type=int, nargs="+", help="token ids for --checkpoint (default 0 to 31)")
@@ -76,6 +77,7 @@ def run(options: argparse.Namespace) -> dict:
     drawn = weights[:MOST_LAYERS, :MOST_HEADS]
     return {
         "tokens": tokens.tolist(),
+        "dtype": str(parameters["embedding"].dtype),
         "accuracy": accuracy,
         "heads": heads,
         "temperatures": dict(zip(map(str, TEMPERATURES), entropies, strict=True)),
@@ -134,22 +136,22 @@ def entropy(weights: np.ndarray) -> np.ndarray:
 
 
 def measures(weights_TS: np.ndarray) -> dict:
-    """Of one head: mean distance and entropy over its queries, mass of the previous token and of the k largest keys.
+    """Of one head: median distance and mean entropy of its queries, mass of the previous token and the k largest keys.
 
-    kind: "previous token" where that has most of the mass; "local" where the mean distance is below half of that of a
+    kind: "previous token" where that has most of the mass; "local" where the distance is below half of that of a
     uniform causal head; "global" where the entropy is above three quarters of a uniform one's; else "content".
     """
     T = len(weights_TS)
     t, s = np.arange(T)[:, None], np.arange(T)[None, :]
     uniform = np.tri(T) / np.arange(1, T + 1)[:, None]
-    distance = float((weights_TS * (t - s)).sum(-1).mean())
+    distance, usual = (float(np.median((w * (t - s)).sum(-1))) for w in (weights_TS, uniform))
     bits, most_bits = float(entropy(weights_TS).mean()), float(entropy(uniform).mean())
     previous = float(np.diagonal(weights_TS, -1).mean()) if T > 1 else 0.0
     ordered = -np.sort(-weights_TS, axis=-1)
     kind = "content"
     if previous > 0.5:
         kind = "previous token"
-    elif distance < (uniform * (t - s)).sum(-1).mean() / 2:
+    elif distance < usual / 2:
         kind = "local"
     elif bits > 0.75 * most_bits:
         kind = "global"
@@ -191,29 +193,47 @@ def tables(data: dict):
 
 def draw(data: dict, path: Path) -> Path:
     weights = np.array(data["weights"])
-    layers, heads = weights.shape[:2]
-    figure, axes = lab.picture(layers, heads + 2, 1.75 * (heads + 2), 1.3 + 2.0 * layers)
+    layers, heads, T, _ = weights.shape
+    figure = lab.canvas(4.6 + 1.25 * heads, max(4.8, 1.2 + 1.65 * layers))
+    left, right = figure.subfigures(1, 2, width_ratios=(0.9 + 1.25 * heads, 3.7))
+    axes = left.subplots(layers, heads, squeeze=False)
     kinds = {(head["layer"], head["head"]): head["kind"] for head in data["heads"]}
-    for (layer, head), ax in np.ndenumerate(axes[:, :heads]):
+    for (layer, head), ax in np.ndenumerate(axes):
         image = ax.imshow(weights[layer, head], cmap="Greys", vmin=0, vmax=1, interpolation="nearest")
-        ax.set_title(f"{layer}.{head} {kinds[layer, head]}", fontsize=8)
-        ax.tick_params(labelbottom=False, labelleft=False, length=0)
-    figure.colorbar(image, ax=axes[:, :heads], location="left", shrink=0.7, label="weight; queries down, keys across")
-    for ax in axes[:, heads:].flat:
-        ax.remove()
-    grid = axes[0, 0].get_gridspec()
-    ax = figure.add_subplot(grid[:, heads:])
+        ax.set_title(f"{layer}.{head}\n{kinds[layer, head]}", fontsize=8)
+        ax.set_xticks([0, T - 1])
+        ax.set_yticks([0, T - 1])
+        ax.tick_params(labelbottom=layer == layers - 1, labelleft=head == 0, length=2, labelsize=7)
+    left.supxlabel("key (token)", fontsize=9)
+    left.supylabel("query (token)", fontsize=9)
+    left.colorbar(image, ax=axes, location="right", shrink=0.7, aspect=30, label="weight")
+    upper, lower = right.subplots(2, 1)
     temperatures = [float(t) for t in data["temperatures"]]
-    ax.plot(temperatures, list(data["temperatures"].values()), color="#404040", marker="o")
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(temperatures, [f"{t:g}" for t in temperatures])
-    ax.set_ylim(bottom=0)
-    ax.set_xlabel("softmax temperature")
-    ax.set_ylabel("mean entropy of all heads (bits)")
+    upper.plot(temperatures, list(data["temperatures"].values()), color="#404040", marker="o")
+    upper.set_xscale("log", base=2)
+    upper.set_xticks(temperatures, [f"{t:g}" for t in temperatures])
+    upper.set_ylim(bottom=0)
+    upper.set_xlabel("softmax temperature")
+    upper.set_ylabel("mean entropy (bits)")
+    for layer, (colour, marker, line) in zip(range(layers), LAYER_LOOKS, strict=False):
+        shares = [list(head["top"].values()) for head in data["heads"] if head["layer"] == layer]
+        mean = np.mean(shares, axis=0)
+        lower.plot(MOST_SHARES, mean, color=colour, marker=marker, linestyle=line, label=f"layer {layer}")
+    lower.set_xscale("log", base=2)
+    lower.set_xticks(MOST_SHARES, MOST_SHARES)
+    lower.set_ylim(0, 1.05)
+    lower.set_xlabel("largest keys, k")
+    lower.set_ylabel("share of mass in them")
+    lower.legend(frameon=False, fontsize=8)
     chosen = data["settings"]
-    what = chosen["checkpoint"] or f"a model of width 64 that learnt to {chosen['task']}"
-    figure.suptitle(f"Attention of each head (layer.head): {what}", fontsize=10)
-    return lab.save_picture(figure, path)
+    what = (
+        Path(chosen["checkpoint"]).resolve().name
+        if chosen["checkpoint"]
+        else f"a model of width {SIZES['d']} trained on {chosen['task']}"
+    )
+    return lab.save_picture(
+        figure, f"Attention of each head (layer.head, kind): {what}", data, path, dtype=data["dtype"]
+    )
 
 
 def see(data: dict) -> tuple[str, str]:

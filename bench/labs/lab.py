@@ -1,21 +1,24 @@
 """What every lab shares: arguments, progress, the JSON file, how numbers and lines are shown.
 
-Design fact: a lab is a module with `TEXT`, `arguments`, `check`, `run`, `tables`, `draw` and `see`. `run` alone
-computes; tables, picture and the two lines of what to see are made from its JSON-ready result.
+Design fact: a lab is a module with `arguments`, `check`, `run`, `tables`, `draw` and `see`. `run` alone computes;
+tables, picture and the two lines of what to see are made from its JSON-ready result.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import json
 import math
 import shutil
 from pathlib import Path
 
 from rich import box
+from rich.console import Group
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from bench import environment, plot, results
 from bench.plot import Style
@@ -44,19 +47,23 @@ STYLES = {
 }
 
 
-def positive(text: str) -> int:
-    """An argument that must be a whole number of at least 1."""
+def at_least(least: int, text: str) -> int:
+    """An argument that must be a whole number, and not a smaller one."""
     try:
         value = int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} must be a whole number") from None
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} must be at least 1")
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{value} must be at least {least}")
     return value
 
 
+positive = functools.partial(at_least, 1)
+natural = functools.partial(at_least, 0)
+
+
 def shared_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=int, default=0, help="of every random number (default 0)")
+    parser.add_argument("--seed", type=natural, default=0, help="of every random number (default 0)")
     parser.add_argument("--out", type=Path, help="folder for JSON and picture (default: a new one below results/runs)")
     parser.add_argument("--publish", action="store_true", help="copy JSON and picture to bench/results/labs")
 
@@ -124,17 +131,17 @@ def save(data: dict, path: Path) -> Path:
     return path
 
 
-def table(title: str, columns: list[str], rows: list[list]) -> Table:
-    """A table whose first column is text and whose others are numbers."""
-    made = Table(title=title, title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0))
+def table(title: str, columns: list[str], rows: list[list]) -> Group:
+    """A table whose first column is text and whose others are numbers, below its title."""
+    made = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     for index, column in enumerate(columns):
         made.add_column(column, justify="right" if index else "left", no_wrap=not index)
     for row in rows:
         made.add_row(*map(str, row))
-    return made
+    return Group(Text(title, style="italic"), made)  # a table's own title would be broken at the table's width
 
 
-def cost_table(title: str, rows: list[dict]) -> Table:
+def cost_table(title: str, rows: list[dict]) -> Group:
     """What `bench.labs.measure` found of the programs of a lab, by the `name` of each row."""
     return table(
         title,
@@ -163,11 +170,13 @@ def milliseconds(seconds: float) -> str:
 
 
 def mebibytes(count: float) -> str:
-    """Bytes in KiB or MiB, three digits.
+    """Bytes, as they are, in KiB or in MiB, three digits.
 
-    >>> mebibytes(3 << 20), mebibytes(2048)
-    ('3 MiB', '2 KiB')
+    >>> mebibytes(3 << 20), mebibytes(2048), mebibytes(8)
+    ('3 MiB', '2 KiB', '8 bytes')
     """
+    if count < 1024:
+        return f"{count:.0f} bytes"
     if count < 1 << 20:
         return f"{count / 1024:.3g} KiB"
     value = count / 2**20
@@ -186,8 +195,8 @@ def exponent(lengths: list[int], values: list[float]) -> float:
     return slope / sum((x - x_mean) ** 2 for x in xs)
 
 
-def picture(rows: int, columns: int, width: float, height: float):
-    """A figure and its axes, drawn without a display.
+def canvas(width: float, height: float):
+    """An empty figure, inches, drawn without a display.
 
     Raises: ImportError where matplotlib is not installed.
     """
@@ -196,12 +205,22 @@ def picture(rows: int, columns: int, width: float, height: float):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    return plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False)
+    return plt.figure(figsize=(width, height), layout="constrained")
 
 
-def save_picture(figure, path: Path) -> Path:
+def picture(rows: int, columns: int, width: float, height: float):
+    """A figure and its axes [rows, columns]; as `canvas` otherwise."""
+    figure = canvas(width, height)
+    return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+def save_picture(figure, title: str, data: dict, path: Path, *, dtype: str = "float32") -> Path:
+    """Write a figure below its title and the machine that its numbers are from."""
     import matplotlib.pyplot as plt
 
+    found = data["environment"]
+    machine = f"{found['device_name']}, {found['cores']} cores, {dtype}"
+    figure.suptitle(f"{title}\n{machine}", fontsize=10)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -233,9 +252,3 @@ def length_axes(ax, lengths: list[int], ylabel: str) -> None:
     ax.set_xlabel("sequence length")
     ax.set_ylabel(ylabel)
     ax.grid(True, which="major", color="#dddddd", linewidth=0.6)
-
-
-def where(data: dict) -> str:
-    """The machine, for captions."""
-    found = data["environment"]
-    return f"{found['device_name']}, {found['cores']} cores, float32"

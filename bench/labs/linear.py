@@ -19,19 +19,25 @@ from jaxattn import dot_product_attention
 from jaxattn.linear import FORMS, EluPlusOne, PositiveRandomFeatures, linear_attention
 
 DRAWS = 16  # of random features, for the mean error
+SHORTEST = 512
 COUNTS = (64, 128, 256, 512, 1024, 2048)
 AGREE = 1e-4  # of the largest output: the forms add up in another order
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seq", type=lab.positive, default=2048, help="longest length; a half and a quarter before")
+    parser.add_argument(
+        "--seq", type=lab.positive, default=2048, help="longest length (default 2048); a half and a quarter before"
+    )
     parser.add_argument("--d", type=lab.positive, default=64, help="head dim (default 64)")
-    parser.add_argument("--heads", type=lab.positive, default=4)
+    parser.add_argument("--heads", type=lab.positive, default=4, help="heads (default 4)")
 
 
 def check(options: argparse.Namespace) -> None:
-    if options.seq % 4:
-        raise ValueError(f"--seq {options.seq} must be a multiple of 4: its half and quarter are measured too")
+    if options.seq % 4 or options.seq < SHORTEST:
+        raise ValueError(
+            f"--seq {options.seq} must be a multiple of 4 and at least {SHORTEST}: its half and quarter "
+            "are measured too, and hold a chunk"
+        )
 
 
 def program(form: str, seq: int, heads: int, d: int, seed: int):
@@ -63,7 +69,7 @@ def features(options: argparse.Namespace, steps: lab.Steps) -> list[dict]:
     random = np.random.default_rng(options.seed)
     d = min(options.d, 8)  # short vectors: the variance grows as exp(|q + k|^2), and hides the rate
     query, key, value = (jnp.asarray(random.standard_normal((1, 64, 2, d), np.float32)) for _ in range(3))
-    query, key = query / 2, key / 2
+    query, key = 0.35 * query, 0.35 * key
     exact = dot_product_attention(query, key, value, implementation="naive")
 
     @jax.jit
@@ -158,15 +164,15 @@ def draw(data: dict, path: Path) -> Path:
     ax.legend(frameon=False, fontsize=8)
     ax = axes[0, 2]
     counts, errors = zip(*((row["features"], row["error"]) for row in data["errors"]), strict=True)
-    lab.line(ax, "linear", counts, errors)
-    ax.plot(counts, [errors[0] * (counts[0] / n) ** 0.5 for n in counts], color="#808080", linestyle=":")
-    ax.text(counts[-1], errors[0] * (counts[0] / counts[-1]) ** 0.5, "1/root(F)  ", ha="right", va="bottom", fontsize=8)
+    lab.line(ax, "linear", counts, errors, label="random features")
+    theory = [errors[0] * (counts[0] / n) ** 0.5 for n in counts]
+    ax.plot(counts, theory, color="#808080", linestyle=":", label="falling as 1 / root of F")
+    ax.legend(frameon=False, fontsize=8)
     lab.length_axes(ax, list(counts), "relative error against softmax attention")
     ax.set_xlabel("random features F")
     axes[0, 0].legend(frameon=False, fontsize=8)
     chosen = data["settings"]
-    figure.suptitle(f"Linear attention: {chosen['heads']} heads of {chosen['d']}\n{lab.where(data)}", fontsize=10)
-    return lab.save_picture(figure, path)
+    return lab.save_picture(figure, f"Linear attention: {chosen['heads']} heads of {chosen['d']}", data, path)
 
 
 def see(data: dict) -> tuple[str, str]:

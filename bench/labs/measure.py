@@ -26,11 +26,17 @@ import numpy as np
 from bench import child, environment, run
 
 REPEATS = 5
-ENOUGH_S = 1.0  # no further repeat after so much time
+ENOUGH_S = 1.0
 
 
 def measure(
-    function: str, cases: list[dict], *, repeats: int = REPEATS, profile: str = "all", save: Path | None = None
+    function: str,
+    cases: list[dict],
+    *,
+    repeats: int = REPEATS,
+    enough_s: float = ENOUGH_S,
+    profile: str = "all",
+    save: Path | None = None,
 ) -> Iterator[dict]:
     """Measures the cases one after the other in one fresh process; yields each row as it comes.
 
@@ -39,12 +45,13 @@ def measure(
         function and its NumPy arrays.
       cases: keyword arguments of the function, JSON-ready.
       repeats: at most so many timed calls after the first.
+      enough_s: no further timed call once all calls took so many seconds; there is at least one.
       profile: of which cases to count the bytes that one call moves: "all" or "last".
       save: a folder for the leaves of each case's result, "0.npz" and so on.
 
     Raises: RuntimeError where the process fails, with the error that ended it.
     """
-    request = {"function": function, "cases": cases, "repeats": repeats, "profile": profile}
+    request = {"function": function, "cases": cases, "repeats": repeats, "enough_s": enough_s, "profile": profile}
     request["save"] = str(save) if save else None
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
@@ -84,7 +91,9 @@ def measure_outputs(function: str, cases: list[dict], **options) -> Iterator[tup
             yield row, leaves
 
 
-def measure_here(function: str, case: dict, repeats: int, profile: bool, save: str | None = None) -> dict:
+def measure_here(
+    function: str, case: dict, repeats: int, profile: bool, save: str | None = None, enough_s: float = ENOUGH_S
+) -> dict:
     """Measures one case in this process; what each process that `measure` starts does.
 
     Returns: the case with `times_s`, `time_s` (median), `first_s`, `rss_bytes`, `temporaries_bytes`, `output_bytes`,
@@ -108,7 +117,7 @@ def measure_here(function: str, case: dict, repeats: int, profile: bool, save: s
     if save:
         np.savez(save, *map(np.asarray, jax.tree.leaves(outputs)))
     outputs = None
-    while (len(times) <= repeats and sum(times) < ENOUGH_S) or len(times) == 1:
+    while (len(times) <= repeats and sum(times) < enough_s) or len(times) == 1:
         start = time.perf_counter()
         jax.block_until_ready(compiled(*inputs))
         times.append(time.perf_counter() - start)
@@ -157,7 +166,7 @@ def main() -> None:
     for index, case in enumerate(request["cases"]):
         save = request["save"] and f"{request['save']}/{index}.npz"
         profile = request["profile"] == "all" or index == len(request["cases"]) - 1
-        row = measure_here(request["function"], case, request["repeats"], profile, save)
+        row = measure_here(request["function"], case, request["repeats"], profile, save, request["enough_s"])
         replies.write(json.dumps(row) + "\n")
         replies.flush()
 

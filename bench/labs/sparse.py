@@ -14,13 +14,16 @@ import numpy as np
 from bench.labs import lab, patterns
 from bench.labs.measure import measure_outputs
 
-KINDS = ("full", "window", "dilated", "bigbird", "longformer", "linear")
+LONG = 1024  # from here on lengths outweigh tiles
+KINDS = ("full", "naive", "window", "dilated", "bigbird", "longformer", "linear")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seq", type=lab.positive, default=2048, help="longest length; 128, 256, ... before it")
+    parser.add_argument(
+        "--seq", type=lab.positive, default=2048, help="longest length (default 2048); 128, 256, ... before it"
+    )
     parser.add_argument("--d", type=lab.positive, default=64, help="head dim (default 64)")
-    parser.add_argument("--heads", type=lab.positive, default=8)
+    parser.add_argument("--heads", type=lab.positive, default=8, help="heads (default 8)")
 
 
 def check(options: argparse.Namespace) -> None:
@@ -69,15 +72,32 @@ def at_last(rows: list[dict]) -> dict[str, dict]:
     return {row["name"]: row for row in rows if row["seq"] == longest}
 
 
+def growth(kind: str, rows: list[dict]) -> float:
+    """The power of the length that a kind's temporaries grow with, over the three longest."""
+    own = [row for row in rows if row["name"] == kind][-3:]
+    return lab.exponent([row["seq"] for row in own], [row["temporaries_bytes"] for row in own])
+
+
 def claims(rows: list[dict]) -> list[dict]:
     last = at_last(rows)
     sparse = {kind: last[kind]["density"] for kind in ("window", "bigbird", "longformer", "dilated")}
-    return [
+    grown = {kind: growth(kind, rows) for kind in ("naive", "full", *sparse, "linear")}
+    found = [
         {
             "text": "every sparse pattern allows fewer pairs than full attention",
             "holds": all(density < last["full"]["density"] for density in sparse.values()),
             "found": ", ".join(f"{kind} {density:.1%}" for kind, density in sparse.items()),
         }
+    ]
+    if last["full"]["seq"] < LONG:
+        return found
+    return [
+        *found,
+        {
+            "text": "naive attention's memory grows as the square of the length, that of all others as the length",
+            "holds": grown.pop("naive") > 1.8 and max(grown.values()) < 1.2,
+            "found": ", ".join(f"{kind} n^{growth(kind, rows):.2f}" for kind in ("naive", *grown)),
+        },
     ]
 
 
@@ -110,7 +130,6 @@ def draw(data: dict, path: Path) -> Path:
     rate = full["theory_flops"] / full["time_s"]
     for kind in KINDS:
         rows = [row for row in data["rows"] if row["name"] == kind]
-        look = lab.STYLES[kind]
         lab.line(axes[0, 0], kind, lengths, [row["time_s"] * 1e3 for row in rows], label=kind)
         lab.line(axes[0, 1], kind, lengths, [row["temporaries_bytes"] / 2**20 for row in rows])
         theories = (
@@ -118,15 +137,14 @@ def draw(data: dict, path: Path) -> Path:
             [row["theory_bytes"] / 2**20 for row in rows],
         )
         for ax, values in zip(axes[0], theories, strict=True):
-            ax.plot(lengths, values, color=look.colour, linestyle=":", linewidth=1.2)
+            lab.line(ax, kind, lengths, values, modelled=True)
     lab.length_axes(axes[0, 0], lengths, "time of one call (ms, median)")
     lab.length_axes(axes[0, 1], lengths, "memory (MiB)")
-    axes[0, 0].set_title("dotted: operations on allowed pairs, at full attention's rate", fontsize=9)
-    axes[0, 1].set_title("markers: temporaries of one call; dotted: scores of allowed pairs", fontsize=9)
-    figure.legend(loc="outside lower center", ncols=6, frameon=False)
+    axes[0, 0].set_title("filled: measured; hollow: operations on allowed pairs, at full attention's rate", fontsize=9)
+    axes[0, 1].set_title("filled: temporaries of one call; hollow: scores of allowed pairs", fontsize=9)
+    figure.legend(loc="outside lower center", ncols=7, frameon=False)
     chosen = data["settings"]
-    figure.suptitle(f"Sparse and linear: {chosen['heads']} heads of {chosen['d']}\n{lab.where(data)}", fontsize=10)
-    return lab.save_picture(figure, path)
+    return lab.save_picture(figure, f"Sparse and linear: {chosen['heads']} heads of {chosen['d']}", data, path)
 
 
 def see(data: dict) -> tuple[str, str]:

@@ -170,7 +170,7 @@ def train(
     start = time.perf_counter()
     graph, shapes = graph_of(variant, d, layers)
     parameters = first_parameters(shapes, seed)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, max(1, steps // 20), steps, rate / 30)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, rate, max(1, steps // 20), max(2, steps), rate / 30)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, b2=0.98))
     data = examples(task, steps * batch, length, seed)
     tokens = data.tokens.reshape(steps, batch, -1)

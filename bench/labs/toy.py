@@ -17,6 +17,7 @@ from bench.labs.tasks import VARIANTS
 
 GOOD = 0.98  # accuracy of what has learnt a task
 EQUAL_AT, EQUAL = 50, 1e-3  # at this step losses are equal to this part
+SEVERAL = ("reverse", "sort")  # tasks that need several places at once
 LESS = 0.1  # what an accuracy must lie below another to be called worse
 DEFAULT = ("MHA", "MQA", "1 head", "window", "linear")
 SIZES = {"d": 64, "layers": 2, "batch": 32}
@@ -29,7 +30,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--variant", action="append", choices=list(VARIANTS), help=f"may be repeated (default {', '.join(DEFAULT)})"
     )
-    parser.add_argument("--steps", type=lab.positive, default=200)
+    parser.add_argument("--steps", type=lab.positive, default=200, help="of training (default 200)")
     parser.add_argument("--length", type=lab.positive, default=6, help="symbols or facts in a sequence (default 6)")
     parser.add_argument("--equal", action="store_true", help="also compare losses between implementations")
     parser.add_argument("--all", action="store_true", help="every task and variant, 600 steps, --equal: minutes")
@@ -134,6 +135,14 @@ def claims(rows: list[dict], equal: list[dict]) -> list[dict]:
                 ),
             }
         )
+    for task, (one, eight) in last_losses([row for row in rows if row["task"] in SEVERAL]).items():
+        found.append(
+            {
+                "text": f"{task}: 8 heads end at less than 1 head's loss, at equal width and parameters",
+                "holds": eight < one,
+                "found": f"{eight:.3g} against {one:.3g}",
+            }
+        )
     if equal:
         worst = max(row["difference"] for row in equal)
         found.append(
@@ -147,10 +156,17 @@ def claims(rows: list[dict], equal: list[dict]) -> list[dict]:
 
 
 def reached(row: dict, loss: float = 0.1) -> int | None:
-    """The first step from which the mean loss of ten steps is below `loss`."""
-    means = np.convolve(row["losses"], np.full(10, 0.1), "valid")
+    """The first step at which the mean loss of the last ten is below `loss`."""
+    steps, means = smooth(row["losses"], 10)
     below = np.flatnonzero(means < loss)
-    return int(below[0]) + 10 if below.size else None
+    return int(steps[below[0]]) if below.size else None
+
+
+def smooth(losses: list[float], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Steps, and at each the mean loss of the last `width` of them, or of all where there are fewer."""
+    width = min(width, len(losses))
+    means = np.convolve(losses, np.full(width, 1 / width), "valid")
+    return np.arange(len(means)) + width, means
 
 
 def tables(data: dict):
@@ -181,15 +197,16 @@ def tables(data: dict):
 def draw(data: dict, path: Path) -> Path:
     shown = list(dict.fromkeys(row["task"] for row in data["rows"]))
     figure, axes = lab.picture(len(shown), 2, 11, 1.2 + 3.3 * len(shown))
+    farthest = max(2 * tasks.WINDOW, *(int(n) for row in data["rows"] for n in row["by_distance"]))
     for (left, right), task in zip(axes, shown, strict=True):
         for row in data["rows"]:
             if row["task"] != task:
                 continue
             look = lab.STYLES[row["variant"]]
-            smooth = np.convolve(row["losses"], np.full(5, 0.2), "valid")
-            every = max(1, len(smooth) // 8)
+            steps, means = smooth(row["losses"], 5)
+            every = max(1, len(steps) // 8)
             drawn = {"color": look.colour, "linestyle": look.line, "marker": look.marker, "markersize": 5}
-            left.plot(np.arange(len(smooth)) + 5, smooth, markevery=every, label=row["variant"], **drawn)
+            left.plot(steps, means, markevery=every, label=row["variant"], **drawn)
             right.plot([int(n) for n in row["by_distance"]], list(row["by_distance"].values()), **drawn)
         left.set_yscale("log")
         left.set_xlabel("step")
@@ -197,37 +214,55 @@ def draw(data: dict, path: Path) -> Path:
         right.axvline(tasks.WINDOW - 0.5, color="#808080", linewidth=1, linestyle=(0, (6, 3)))
         right.text(tasks.WINDOW - 0.4, 0.02, "beyond the window", fontsize=8)
         right.set_ylim(0, 1.05)
+        right.set_xlim(0.5, farthest + 0.5)
         right.set_xlabel("tokens between the question and what decides the answer")
         right.set_ylabel("share of answers right")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=7, frameon=False)
     chosen = data["settings"]
-    figure.suptitle(
-        f"Toy tasks: width {SIZES['d']}, {SIZES['layers']} layers, {chosen['steps']} steps, window {tasks.WINDOW}\n"
-        f"{lab.where(data)}",
-        fontsize=10,
-    )
-    return lab.save_picture(figure, path)
+    model = f"width {SIZES['d']}, {SIZES['layers']} layers"
+    title = f"Toy tasks: {model}, {chosen['steps']} steps, window {tasks.WINDOW}"
+    return lab.save_picture(figure, title, data, path)
 
 
 def see(data: dict) -> tuple[str, str]:
-    by = {(row["task"], row["variant"]): row for row in data["rows"]}
-    task = data["rows"][0]["task"]
-    scores = ", ".join(f"{name} {row['accuracy']:.2f}" for (of, name), row in by.items() if of == task)
-    one, many = (by.get((task, name)) for name in ("1 head", "MHA"))
-    losers = [f"{name} from {far}" for name, far in FAR.items() if (task, name) in by and loses(by[task, name], far)]
-    first = f"{task}: {scores}."
-    if losers:
-        first = f"{first[:-1]}; far answers are worse than near ones: {' and '.join(losers)} tokens back on."
-    if one is None or many is None:
-        return first, "add --variant MHA --variant '1 head' to see what several heads are for."
-    losses = [float(np.mean(row["losses"][-10:])) for row in (one, many)]
-    why = (
-        "one softmax averages one set of places, eight average eight, and this task needs several at once."
-        if losses[1] < losses[0]
-        else "this task asks for one place at a time, which one wide head finds well; see --task sort."
-    )
-    return first, (
-        f"at equal width and {'equal' if one['parameters'] == many['parameters'] else 'different'} parameters 1 head "
-        f"ends at loss {losses[0]:.3g}, 8 heads at {losses[1]:.3g}: {why}"
+    tasks_seen = list(dict.fromkeys(row["task"] for row in data["rows"]))
+    return "; ".join(told(task, data["rows"]) for task in tasks_seen) + ".", heads_told(data["rows"])
+
+
+def told(task: str, rows: list[dict]) -> str:
+    """Who learns a task, who does not, and whether what lies far back is what is wrong."""
+    own = {row["variant"]: row for row in rows if row["task"] == task}
+    short = [f"{name} {row['accuracy']:.2f}" for name, row in own.items() if row["accuracy"] < GOOD]
+    rest = f"{'the others' if short else 'all'} at least {GOOD}"
+    text = f"{task}: {', '.join([*short, rest] if len(short) < len(own) else short)}"
+    far = [f"{name} from {first}" for name, first in FAR.items() if name in own and loses(own[name], first)]
+    return f"{text} (far answers are worse than near ones: {' and '.join(far)} tokens back on)" if far else text
+
+
+def last_losses(rows: list[dict]) -> dict[str, tuple[float, float]]:
+    """By task, the mean loss of the last ten steps of 1 head and of 8, where both were trained."""
+    by = {(row["task"], row["variant"]): float(np.mean(row["losses"][-10:])) for row in rows}
+    return {
+        task: (by[task, "1 head"], by[task, "MHA"]) for task, name in by if name == "1 head" and (task, "MHA") in by
+    }
+
+
+def heads_told(rows: list[dict]) -> str:
+    """One head against eight: on the task where eight win most clearly, if on any."""
+    losses = last_losses(rows)
+    if not losses:
+        return "add --variant MHA --variant '1 head' to see what several heads are for."
+    task = max(losses, key=lambda task: losses[task][0] / losses[task][1])
+    one, eight = losses[task]
+    sizes = {row["parameters"] for row in rows if row["task"] == task and row["variant"] in ("1 head", "MHA")}
+    text = f"at equal width and {'equal' if len(sizes) == 1 else 'different'} parameters"
+    if eight >= one:
+        return (
+            f"{text} 1 head ends at loss {one:.3g}, 8 heads at {eight:.3g} ({task}): it asks for one place at a time, "
+            "which one wide head finds well; see --task reverse --steps 300."
+        )
+    return (
+        f"{text} 8 heads end at loss {eight:.3g}, 1 head at {one:.3g} ({task}): one softmax is one set of weights for "
+        "all, eight share the places and distances out (lab heads --task reverse shows which head looks where)."
     )
