@@ -176,10 +176,10 @@ def test_a_name_that_is_no_stage_is_refused_and_the_right_ones_are_listed(tmp_pa
     path = tmp_path / "ours.npz"
     np.savez(path, rotated_keys=np.ones(3), key=np.ones(3))
     with pytest.raises(ValueError, match=r"holds rotated_keys; the stages are called query, key, .*output"):
-        diff.read_dump(path)
+        diff.read_dump(path, case)
     np.savez(path, key=np.ones(3, ml_dtypes.bfloat16))
     with pytest.raises(ValueError, match=r"key has dtype .*; save it as float32"):
-        diff.read_dump(path)
+        diff.read_dump(path, case)
 
 
 @pytest.mark.parametrize("keep", [0, 20, 300, -30])
@@ -188,4 +188,4 @@ def test_a_file_that_is_not_whole_is_no_npz(tmp_path, keep):
     np.savez(path, key=np.random.default_rng(0).normal(size=100))
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ValueError, match=r"ours\.npz is no \.npz of plain arrays"):
-        diff.read_dump(path)
+        diff.read_dump(path, case)
