@@ -210,9 +210,17 @@ def run_parity(args) -> int:
         found = parity.compare_model(folder, "llama, whole", "float32", whole, new_tokens=new_tokens, device=device)
         print("\n".join(map(str, found)), flush=True)
         rows += found
-    with _tiny() as tiny:
-        for name, dtype in (("naive", "float32"), ("blockwise", "float32"), ("naive", "bfloat16")):
-            found = parity.compare_model(tiny, "tiny llama, whole", dtype, parity.implementation(name), device=device)
+    with _tiny() as tiny, _tiny(tiniest=True) as tiniest:
+        for model, name, dtype, tokens in (
+            (tiny, "naive", "float32", 24),
+            (tiny, "blockwise", "float32", 24),
+            (tiny, "naive", "bfloat16", 24),
+            (tiniest, "loops", "float32", 4),
+            (tiniest, "triton", "float32", 4),
+        ):
+            label = f"{'tiny' if model is tiny else 'tiniest'} llama, whole"
+            one = parity.implementation(name)
+            found = parity.compare_model(model, label, dtype, one, tokens=tokens, device=device)
             print("\n".join(map(str, found)), flush=True)
             rows += found
     print(
@@ -310,11 +318,12 @@ def _finish(args, rows, caught, problems, start: float) -> int:
 
 
 @contextlib.contextmanager
-def _tiny():
+def _tiny(tiniest: bool = False):
     from oracle import checkpoint
 
+    shapes = checkpoint.TINIEST if tiniest else checkpoint.TINY
     with tempfile.TemporaryDirectory(prefix="jaxattn-oracle-") as folder:
-        yield checkpoint.make(folder, shapes=checkpoint.TINY, form="sharded")
+        yield checkpoint.make(folder, shapes=shapes, form="sharded")
 
 
 class _checkpoint:

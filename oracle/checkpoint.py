@@ -83,6 +83,8 @@ class Shapes:
 
 
 TINY = Shapes(layers=2, vocabulary=64, d_model=32, heads=4, kv_heads=2, head_dim=16, mlp=48)
+# For implementations that compute one score, or interpret one instruction, at a time.
+TINIEST = Shapes(layers=1, vocabulary=32, d_model=16, heads=2, kv_heads=1, head_dim=16, mlp=16)
 
 
 def hf_config(shapes: Shapes = Shapes()):

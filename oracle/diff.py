@@ -160,7 +160,7 @@ def _explain(case: Case, stage: str, observed: np.ndarray, theta: float) -> Caus
         error = rmse(observed, cause.stage) if cause.stage.shape == observed.shape else np.inf
         if error <= nearest:
             found, nearest = cause, error
-    return found or _few_digits(observed, target, right)
+    return found or (_few_digits(observed, target, right) if observed.shape == target.shape else None)
 
 
 def _few_digits(observed: np.ndarray, target: np.ndarray, error: float) -> Cause | None:

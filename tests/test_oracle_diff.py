@@ -221,9 +221,11 @@ def test_other_layouts_are_named_where_their_shape_is_the_right_one_too(case, ri
     assert "It is [B, N, T, H]" in found.advice
 
 
-def test_another_number_of_tokens_gets_its_shapes_and_no_name(case, right):
-    found = diff.diagnose(case, {"key": right["key"][:, :50]}, theta=THETA["tiny"])
-    assert str(found).startswith("key differs in shape (shape (1, 50, 2, 16), should be (1, 130, 2, 16)); none of")
+@pytest.mark.parametrize("shape", [(1, 50, 2, 16), (1, 0, 2, 16), (1, 130, 2, 3), ()])
+def test_a_shape_of_no_layout_gets_the_right_one_and_no_name(case, shape):
+    """Zeros, which every dtype can hold and every spread is less than."""
+    found = diff.diagnose(case, {"key": np.zeros(shape)}, theta=THETA["tiny"])
+    assert str(found).startswith(f"key differs in shape (shape {shape}, should be (1, 130, 2, 16)); none of the usual")
 
 
 def test_nan_is_named_with_its_positions(case, right):
