@@ -169,7 +169,7 @@ def _few_digits(observed: np.ndarray, target: np.ndarray, error: float) -> Cause
         with np.errstate(over="ignore"):
             rounded = observed.astype(dtype).astype(np.float64)
         small = error <= 16 * unit_roundoff(dtype) * float(np.sqrt(np.mean(target**2)))
-        if small and np.array_equal(rounded, observed):
+        if small and np.isfinite(observed).all() and np.array_equal(rounded, observed):
             advice = f"Every number is one of {dtype}'s: compute in float32, with which this is compared."
             return Cause(f"computed in {dtype}", advice, rounded)
     return None
@@ -278,10 +278,16 @@ def _rotation_causes(case: Case, stage: str, theta: float) -> Iterator[Cause]:
         "(jaxattn.rope.to_half), or rotate in the other layout.",
         rotated(interleaved=True),
     )
+    for factor in {1.0, case.attention_scaling}:
+        yield Cause(
+            "no RoPE scaling",
+            "The frequencies are theta ** (-2i/R) without the configuration's scaling rule: apply rope_scaling.",
+            rotated(inv_freq=unscaled, factor=factor),
+        )
     yield Cause(
-        "no Llama-3 scaling",
-        "The frequencies are theta ** (-2i/R) without the configuration's scaling rule: apply rope_scaling.",
-        rotated(inv_freq=unscaled, factor=1.0),
+        "no attention factor",
+        f"YaRN multiplies cos and sin by {case.attention_scaling:.6g} here.",
+        rotated(factor=1.0),
     )
     yield Cause("not rotated", "RoPE is missing here.", x)
     yield Cause("rotated backwards", "The sine has the wrong sign.", rotated(inv_freq=-case.inv_freq))

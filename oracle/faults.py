@@ -248,7 +248,7 @@ FAULTS = (
         applies=lambda subject: subject.x.shape[1] > parity.BLOCK,  # with one block of keys nothing is rescaled
     ),
     Fault(
-        "no Llama-3 scaling",
+        "no RoPE scaling",
         no_llama3_scaling,
         applies=lambda subject: isinstance(subject.config.rope.scaling, rope.Llama3),
     ),

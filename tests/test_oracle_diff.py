@@ -221,6 +221,24 @@ def test_other_layouts_are_named_where_their_shape_is_the_right_one_too(case, ri
     assert "It is [B, N, T, H]" in found.advice
 
 
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"attention_scaling": 1.0}, "no attention factor"),
+        ({"inv_freq": 1e4 ** -np.arange(0, 1, 1 / 8)}, "no RoPE scaling"),
+        ({"inv_freq": 1e4 ** -np.arange(0, 1, 1 / 8), "attention_scaling": 1.0}, "no RoPE scaling"),
+    ],
+)
+def test_what_is_missing_of_yarn_is_named(case, changes, name):
+    case = dataclasses.replace(case, attention_scaling=1.25)
+    value = rotated(case, "key")
+    case = dataclasses.replace(
+        case, targets=case.targets | {"rotated_key": dataclasses.replace(case.targets["rotated_key"], value=value)}
+    )
+    found = diff.diagnose(case, {"rotated_key": rotated(case, "key", **changes)}, theta=1e4)
+    assert (found.stage, found.cause) == ("rotated_key", name), str(found)
+
+
 @pytest.mark.parametrize("shape", [(1, 50, 2, 16), (1, 0, 2, 16), (1, 130, 2, 3), ()])
 def test_a_shape_of_no_layout_gets_the_right_one_and_no_name(case, shape):
     """Zeros, which every dtype can hold and every spread is less than."""
@@ -228,9 +246,10 @@ def test_a_shape_of_no_layout_gets_the_right_one_and_no_name(case, shape):
     assert str(found).startswith(f"key differs in shape (shape {shape}, should be (1, 130, 2, 16)); none of the usual")
 
 
-def test_nan_is_named_with_its_positions(case, right):
+def test_nan_is_named_with_its_positions_and_infinities_get_no_name(case, right):
     changed = right["value"].copy()
     changed[0, 7, 1, 3] = np.nan
+    assert diff.diagnose(case, {"key": np.full_like(right["key"], np.inf)}, theta=THETA["tiny"]).cause is None
     text = str(diff.diagnose(case, right | {"value": changed}, theta=THETA["tiny"]))
     assert (
         text
