@@ -11,6 +11,7 @@ shapes, checks, conversion and its inverse all follow from it.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -55,6 +56,9 @@ _MODEL = {
 _UNTIED = {"lm_head.weight": ("unembedding", "V D -> V D")}
 _SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _MORE_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+_SWITCHES = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+# Entries of a tensor that are looked at, or brought into another order, at a time.
+_PIECE = 1 << 20
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "float64": "F64"}
 
 
@@ -98,9 +102,9 @@ class LlamaConfig:
         """From a parsed `config.json` of Hugging Face, old shape (`rope_theta`, `rope_scaling`) or new
         (`rope_parameters`).
 
-        Raises: ValueError for another model type or activation, a missing size, an entry that is no number
-        where one should be, a partial rotary factor (which transformers' Llama ignores), or an unknown RoPE
-        rule.
+        Raises: ValueError for another model type or activation, a missing size, an entry that is no number, or
+        neither true nor false, where one should be, a partial rotary factor (which transformers' Llama ignores),
+        or an unknown RoPE rule.
 
         >>> sizes = dict(vocab_size=9, hidden_size=8, intermediate_size=16, num_hidden_layers=1)
         >>> LlamaConfig.from_hf(sizes | {"num_attention_heads": 2, "rope_theta": 5e5}).head_dim
@@ -329,16 +333,13 @@ def load(
       `build`.
 
     Returns: an `nn.Transformer`.
-    Raises: ValueError that lists every missing, extra or misshaped tensor, and for NaN or infinite weights.
+    Raises: ValueError that lists every missing, extra or misshaped tensor, for NaN or infinite weights, and where
+    the embeddings are said to be tied and `lm_head.weight` is another.
 
     Example: `load(LlamaConfig.from_folder(folder), Safetensors(folder))`.
     """
-    table = model_table(config)
     ours = "embedding" in tensors
-    if ours:
-        check_tensors({path: axes.split("->")[1] for path, axes in table.values()}, tensors, config)
-    else:
-        check_tensors({name: axes for name, (_, axes) in table.items()}, tensors, config, model_names(config, tensors))
+    table = _checked_table(config, tensors, ours)
     if param_dtype is None:
         param_dtype = tensors["embedding" if ours else "model.embed_tokens.weight"].dtype
     model = nnx.eval_shape(
@@ -385,8 +386,8 @@ def _sound(name: str, array: np.ndarray) -> np.ndarray:
     if array.dtype.name not in DTYPES:
         raise ValueError(f"{name} has dtype {array.dtype}; weights must be one of {', '.join(DTYPES)}")
     flat, wrong = array.reshape(-1), 0
-    for start in range(0, flat.size, 1 << 20):
-        piece = flat[start : start + (1 << 20)]
+    for start in range(0, flat.size, _PIECE):
+        piece = flat[start : start + _PIECE]
         wrong += piece.size - int(np.isfinite(piece.astype(np.float32, copy=False)).sum())
     if wrong:
         raise ValueError(f"{name} has {wrong} weights of {array.size} that are NaN or infinite")
@@ -468,14 +469,13 @@ def save_converted(folder: str | Path, config: LlamaConfig, tensors: Mapping[str
     Returns: the file's path.
     Raises: as `load`.
     """
-    table = model_table(config)
-    check_tensors({name: axes for name, (_, axes) in table.items()}, tensors, config, model_names(config, tensors))
+    table = _checked_table(config, tensors)
     header, offset = {}, 0
     for name, (path, axes) in table.items():
-        array = _sound(name, tensors[name])
+        dtype, size = _sound_size(name, tensors[name])
         shape = shape_of(axes.split("->")[1], config)
-        header[path] = dict(dtype=DTYPES[array.dtype.name], shape=shape, data_offsets=(offset, offset + array.nbytes))
-        offset += array.nbytes
+        header[path] = dict(dtype=DTYPES[dtype], shape=shape, data_offsets=(offset, offset + size))
+        offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     folder = Path(folder)
@@ -485,11 +485,59 @@ def save_converted(folder: str | Path, config: LlamaConfig, tensors: Mapping[str
         with partial.open("xb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name, (_, axes) in table.items():
-                file.write(np.ascontiguousarray(convert(tensors[name], axes, config)).view(np.uint8).data)
+                _write(file, convert(tensors[name], axes, config))
         partial.replace(target)
     finally:
         partial.unlink(missing_ok=True)
     return target
+
+
+def check_checkpoint(config: LlamaConfig, tensors: Mapping[str, np.ndarray]) -> None:
+    """Everything that `load` looks at, without making a model: names, shapes, dtypes, NaN; one tensor at a time.
+
+    Args: config, tensors: as for `load`, in Hugging Face's names.
+    Raises: as `load`.
+    """
+    for name in _checked_table(config, tensors):
+        _sound_size(name, tensors[name])
+
+
+def _checked_table(
+    config: LlamaConfig, tensors: Mapping[str, np.ndarray], ours: bool = False
+) -> dict[str, tuple[str, str]]:
+    """`model_table`, where the tensors (with `ours`: in our names) have its names and shapes."""
+    if config.n_layers > len(tensors):  # before a table of them is made: the number is a file's claim
+        raise ValueError(f"the configuration has {config.n_layers} layers, the checkpoint only {len(tensors)} tensors")
+    table = model_table(config)
+    if ours:
+        check_tensors({path: axes.split("->")[1] for path, axes in table.values()}, tensors, config)
+        return table
+    check_tensors({name: axes for name, (_, axes) in table.items()}, tensors, config, model_names(config, tensors))
+    head, embedding = (next(iter(names)) for names in (_UNTIED, _MODEL))
+    if config.tied_embeddings and head in tensors and _digest(tensors[head]) != _digest(tensors[embedding]):
+        raise ValueError(
+            f"the configuration ties the embeddings, but {head} is not {embedding}: "
+            f"set tie_word_embeddings to false, or take {head} out"
+        )
+    return table
+
+
+def _digest(array: np.ndarray) -> tuple:
+    """Equal for arrays with the same bits: two large ones need not be held at once to be compared."""
+    content = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    return array.shape, array.dtype, hashlib.blake2b(content).digest()
+
+
+def _sound_size(name: str, array: np.ndarray) -> tuple[str, int]:
+    """The dtype's name and the bytes of a sound array, which is not kept."""
+    return _sound(name, array).dtype.name, array.nbytes
+
+
+def _write(file, array: np.ndarray) -> None:
+    """The entries of an array in order, a piece at a time, so that an array in another order is not copied whole."""
+    rows = max(1, _PIECE * len(array) // max(1, array.size))
+    for start in range(0, len(array), rows):
+        file.write(np.ascontiguousarray(array[start : start + rows]).reshape(-1).view(np.uint8).data)
 
 
 class Safetensors(Mapping[str, np.ndarray]):
@@ -502,9 +550,8 @@ class Safetensors(Mapping[str, np.ndarray]):
 
     Raises:
       FileNotFoundError: where there is neither, or a shard is missing.
-      ValueError: for a broken or lying header, an index that does not match the shards, or a shard outside
-      of the
-        folder.
+      ValueError: for a broken or lying header, a tensor that is named twice, an index that does not match the
+        shards, or a shard outside of the folder. When it is asked for: for a tensor of another dtype.
     """
 
     def __init__(self, folder: str | Path):
@@ -519,6 +566,9 @@ class Safetensors(Mapping[str, np.ndarray]):
 
     def __getitem__(self, name: str) -> np.ndarray:
         with safe_open(self._file_of[name], "np") as file:
+            dtype = file.get_slice(name).get_dtype()
+            if dtype not in DTYPES.values():  # some of which NumPy has no name for
+                raise ValueError(f"{name} has dtype {dtype}; weights must be one of {', '.join(DTYPES)}")
             return file.get_tensor(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -536,34 +586,59 @@ class Safetensors(Mapping[str, np.ndarray]):
 def _tensor_names(path: Path) -> list[str]:
     try:
         with safe_open(path, "np") as file:
-            return list(file.keys())
-    except (SafetensorError, OSError) as error:
+            names = list(file.keys())
+        with path.open("rb") as file:
+            json.loads(file.read(int.from_bytes(file.read(8), "little")), object_pairs_hook=_each_once)
+    except (SafetensorError, OSError, ValueError) as error:
         raise ValueError(f"{path} is no sound safetensors file: {error}") from error
+    return names
 
 
-def _read_index(path: Path) -> dict[str, Path]:
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if twice:
+        raise ValueError(f"its header names these twice: {twice[:10]}")
+    return dict(pairs)
+
+
+def indexed_files(path: Path, suffix: str) -> dict[str, Path]:
+    """The file of each tensor by an index file (`weight_map`), each beside it, named *suffix, and there.
+
+    Raises: ValueError for an index that is none, or names other files; FileNotFoundError for missing ones.
+    """
     files = _read_json(path).get("weight_map")
     if not isinstance(files, dict) or not files or not all(isinstance(x, str) for x in files.values()):
         raise ValueError(f"{path} has no weight_map of tensor names to file names")
-    outside = sorted({x for x in files.values() if Path(x).name != x or not x.endswith(".safetensors")})
+    outside = sorted({x for x in files.values() if Path(x).name != x or not x.endswith(suffix)})
     if outside:
-        raise ValueError(f"{path} names files that are no .safetensors beside it: {outside}")
+        raise ValueError(f"{path} names files that are no {suffix} beside it: {outside}")
     missing = sorted({x for x in files.values() if not (path.parent / x).is_file()})
     if missing:
         raise FileNotFoundError(f"{path} names shards that are missing: {missing}")
-    held = {name: path.parent / x for x in sorted(set(files.values())) for name in _tensor_names(path.parent / x)}
-    wrong = sorted(name for name in files.keys() | held.keys() if held.get(name) != path.parent / files.get(name, ""))
+    return {name: path.parent / x for name, x in files.items()}
+
+
+def _read_index(path: Path) -> dict[str, Path]:
+    files = indexed_files(path, ".safetensors")
+    held = {name: file for file in sorted(set(files.values())) for name in _tensor_names(file)}
+    wrong = sorted(name for name in files.keys() | held.keys() if held.get(name) != files.get(name))
     if wrong:
         raise ValueError(f"{path} and its shards disagree about where these tensors are: {wrong[:10]}")
     return held
 
 
 def _check_numbers(config: Mapping) -> None:
-    """Raise a ValueError that lists the entries of a `config.json` that are no numbers, or none that can be."""
+    """Raise a ValueError that lists the entries of a `config.json` that are not what they must be."""
     wrong = [
         f"{name}={config[name]!r} must be a positive whole number"
         for name in (*_SIZES, *_MORE_SIZES)
         if config.get(name) is not None and not (type(config[name]) is int and config[name] > 0)
+    ]
+    wrong += [
+        f"{name}={config[name]!r} must be true or false"
+        for name in _SWITCHES
+        if not isinstance(config.get(name), bool | None)
     ]
     eps = config.get("rms_norm_eps", 0)
     if type(eps) not in (int, float) or not 0 <= eps < 1:
@@ -578,7 +653,7 @@ def _check_numbers(config: Mapping) -> None:
 def _read_json(path: Path) -> dict:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no text, no JSON, numbers of thousands of digits; too deep
         raise ValueError(f"{path} is no JSON: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold a JSON object, not a {type(content).__name__}")

@@ -152,25 +152,36 @@ def frequencies(config: RopeConfig, length: int | None = None) -> Frequencies:
 
     Returns: `Frequencies` with R / 2 float32 values, equal to transformers' but for 1 ulp where its power
     function is not correctly rounded (2 ulps after the reciprocal).
-    Raises: TypeError for a scaling rule that is not one of this module's.
+    Raises: TypeError for a scaling rule that is not one of this module's; ValueError where its numbers give no
+    finite frequency (YaRN with theta 1, dynamic NTK with 2 dimensions, ...).
 
     >>> frequencies(RopeConfig(4, theta=100.0)).inv_freq == (1.0, float(np.float32(0.1)))
     True
     """
-    scaling, attention_scaling = config.scaling, 1.0
-    if scaling is None:
-        inv_freq = _inverse_powers(config.theta, config.rotary_dim)
-    elif isinstance(scaling, Linear):
-        inv_freq = _inverse_powers(config.theta, config.rotary_dim) / np.float32(scaling.factor)
-    elif isinstance(scaling, DynamicNtk):
-        inv_freq = _inverse_powers(_dynamic_theta(config, scaling, length), config.rotary_dim)
-    elif isinstance(scaling, Yarn):
-        inv_freq, attention_scaling = _yarn(config, scaling), yarn_attention_factor(scaling)
-    elif isinstance(scaling, Llama3):
-        inv_freq = _llama3(_inverse_powers(config.theta, config.rotary_dim), scaling)
-    else:
-        raise TypeError(f"scaling={scaling!r} must be None or one of Linear, DynamicNtk, Yarn, Llama3")
+    try:
+        with np.errstate(all="ignore"):
+            inv_freq, attention_scaling = _scaled(config, length)
+    except ArithmeticError:
+        inv_freq = np.array([np.nan])
+    if not np.isfinite(inv_freq).all():
+        raise ValueError(f"{config} gives frequencies that are not finite")
     return Frequencies(tuple(float(x) for x in inv_freq), attention_scaling, config.layout)
+
+
+def _scaled(config: RopeConfig, length: int | None) -> tuple[np.ndarray, float]:
+    """Frequencies and the factor on cos and sin."""
+    scaling = config.scaling
+    if scaling is None:
+        return _inverse_powers(config.theta, config.rotary_dim), 1.0
+    if isinstance(scaling, Linear):
+        return _inverse_powers(config.theta, config.rotary_dim) / np.float32(scaling.factor), 1.0
+    if isinstance(scaling, DynamicNtk):
+        return _inverse_powers(_dynamic_theta(config, scaling, length), config.rotary_dim), 1.0
+    if isinstance(scaling, Yarn):
+        return _yarn(config, scaling), yarn_attention_factor(scaling)
+    if isinstance(scaling, Llama3):
+        return _llama3(_inverse_powers(config.theta, config.rotary_dim), scaling), 1.0
+    raise TypeError(f"scaling={scaling!r} must be None or one of Linear, DynamicNtk, Yarn, Llama3")
 
 
 def tables(freqs: Frequencies, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -261,7 +272,8 @@ def from_hf(config: Mapping) -> RopeConfig:
 
     Args: config: the parsed JSON.
     Returns: a `RopeConfig` in the half-split layout.
-    Raises: ValueError for an unknown rule, or a rule that lacks a number or has none where it should, naming it.
+    Raises: ValueError for an unknown rule, a rule that lacks a number or has none where it should, naming it, or
+    one whose frequencies are not finite.
 
     >>> from_hf({"head_dim": 8, "rope_theta": 5e5, "rope_scaling": None}).theta
     500000.0
@@ -321,7 +333,9 @@ def from_hf(config: Mapping) -> RopeConfig:
         )
     else:
         raise ValueError(f"rope_type {kind!r} is not one of default, linear, dynamic, yarn, llama3")
-    return RopeConfig(head_dim, float(theta), int(head_dim * part), scaling)
+    rotation = RopeConfig(head_dim, float(theta), int(head_dim * part), scaling)
+    frequencies(rotation)  # raises where the numbers do not go together
+    return rotation
 
 
 def yarn_attention_factor(scaling: Yarn) -> float:

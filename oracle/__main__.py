@@ -23,7 +23,8 @@ import numpy as np
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    args = _parser().parse_args(arguments)
+    # Not the parsers' defaults: those of a subcommand would take the place of what was said before its name.
+    args = _parser().parse_args(arguments, argparse.Namespace(checkpoint=None, layer=0, tokens=256))
     try:
         return args.run(args)
     except (ValueError, OSError, NotImplementedError) as error:
@@ -32,17 +33,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    common = argparse.ArgumentParser(add_help=False)
+    common, length = (argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS) for _ in range(2))
     common.add_argument(
         "--checkpoint",
         metavar="PATH_OR_HUB_ID",
         help="a Llama checkpoint: a folder (Hugging Face's or Meta's form) or hub id; without it one is made from a "
         "seed, with Llama-3.2-1B's shapes",
     )
-    common.add_argument("--layer", type=int, default=0, help="which attention layer (default 0)")
-    parser = argparse.ArgumentParser(prog="python -m oracle", description=__doc__.splitlines()[0], parents=[common])
+    common.add_argument("--layer", type=int, help="which attention layer (default 0)")
+    length.add_argument("--tokens", type=_positive, help="length of the comparison (default 256)")
+    parser = argparse.ArgumentParser(
+        prog="python -m oracle", description=__doc__.splitlines()[0], parents=[common, length]
+    )
     parser.add_argument("--layer-file", metavar="FILE", help="compare the layer in a file of `extract` instead")
-    parser.add_argument("--tokens", type=int, default=256, help="length of the comparison (default 256)")
     parser.add_argument("--json", metavar="FILE", help="also write rows, margins and versions as JSON")
     parser.set_defaults(run=run_parity)
     commands = parser.add_subparsers(metavar="COMMAND")
@@ -57,16 +60,21 @@ def _parser() -> argparse.ArgumentParser:
     convert.set_defaults(run=run_convert)
     generate = commands.add_parser("generate", parents=[common], help="continue a prompt greedily, beside torch")
     generate.add_argument("--prompt", help="text, for checkpoints with a tokenizer; random tokens without it")
-    generate.add_argument("--new-tokens", type=int, default=64, help="how many to generate (default 64)")
+    generate.add_argument("--new-tokens", type=_positive, default=64, help="how many to generate (default 64)")
     generate.add_argument("--implementation", default="naive", help="of jaxattn's layers (default naive)")
     generate.set_defaults(run=run_generate)
-    diff = commands.add_parser("diff", parents=[common], help="name the first stage that differs, and why")
+    diff = commands.add_parser("diff", parents=[common, length], help="name the first stage that differs, and why")
     diff.add_argument("--ours", metavar="DUMP.npz", help="stages of other code; without it those of jaxattn's layer")
     diff.add_argument("--save", metavar="FILE.npz", help="write the layer's input and torch's stages, to compare with")
     diff.add_argument("--implementation", default="naive", help="of jaxattn's layer (default naive)")
-    diff.add_argument("--tokens", type=int, default=256, help="length of the comparison (default 256)")
     diff.set_defaults(run=run_diff)
     return parser
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a whole number of at least 1")
+    return int(text)
 
 
 def run_extract(args) -> int:
@@ -105,10 +113,10 @@ def run_generate(args) -> int:
     """Greedy generation by jaxattn and by Hugging Face, float32, token for token; status 1 where they
     differ."""
     import jax.numpy as jnp
-    import torch
 
     from jaxattn import llama, nn
     from oracle import checkpoint, parity
+    from oracle import llama as reference
 
     _full_float32()
     _quiet()
@@ -124,7 +132,9 @@ def run_generate(args) -> int:
                 tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             except (OSError, ValueError) as error:
                 raise ValueError(f"--prompt needs a tokenizer, and {folder} has none: leave --prompt out") from error
-            ids = np.array([tokenizer(args.prompt)["input_ids"]])
+            ids = np.array([tokenizer(args.prompt)["input_ids"]], np.int64)
+            if not ids.size:
+                raise ValueError(f"--prompt {args.prompt!r} has no tokens")
         model = llama.load(
             config,
             parity.checkpoint_tensors(folder),
@@ -134,16 +144,7 @@ def run_generate(args) -> int:
     start = time.perf_counter()
     ours = np.asarray(nn.generate(model, jnp.asarray(ids), args.new_tokens))[0].tolist()
     middle = time.perf_counter()
-    tokens = torch.from_numpy(ids)
-    theirs = hf.generate(
-        tokens,
-        attention_mask=torch.ones_like(tokens),
-        max_new_tokens=args.new_tokens,
-        do_sample=False,
-        use_cache=True,
-        eos_token_id=None,
-        pad_token_id=0,
-    )[0, ids.shape[1] :].tolist()
+    theirs = reference.greedy(hf, ids, args.new_tokens)[0].tolist()
     end = time.perf_counter()
     show = tokenizer.decode if tokenizer else lambda tokens: " ".join(map(str, tokens))
     print(f"jaxattn ({middle - start:.1f} s, compilation included): {show(ours)}")
@@ -170,7 +171,7 @@ def run_diff(args) -> int:
         diff.write_dump(args.save, case)
         print(f"wrote {args.save}: x, positions and torch's stages")
     if args.ours:
-        ours = diff.read_dump(args.ours)
+        ours = diff.read_dump(args.ours, case)
     else:
         ours = parity.our_stages(subject, case, parity.implementation(args.implementation))
     diagnosis = diff.diagnose(case, ours, theta=subject.config.rope.theta)
@@ -183,33 +184,43 @@ def run_parity(args) -> int:
     from oracle import faults, parity
 
     start = time.perf_counter()
+    _writable(args.json)
     _full_float32()
+    device, where = _second_device()
     print(
-        f"{_versions()}, torch on the CPU\nfloat32 is multiplied in full, TF32 off on both sides; "
+        f"{_versions()}, {where}\nfloat32 is multiplied in full, TF32 off on both sides; "
         "tolerance: RMSE at most 2x plain torch's + u x RMS(|terms|)\n"
     )
     rows, problems = [], []
     print(parity.HEADER)
     if args.layer_file:
-        subject = parity.file_subject(args.layer_file, tokens=args.tokens)
+        subject = parity.file_subject(args.layer_file, tokens=args.tokens, device=device)
         rows += _compare(subject, ("float32", "bfloat16"), ("naive", "blockwise"))
         return _finish(args, rows, [], problems, start)
     _quiet()
     with _checkpoint(args) as folder:
         subjects, cases = [], {}
-        for subject, dtypes, names in _subjects(args, folder, problems):
+        for subject, dtypes, names in _subjects(args, folder, device, problems):
             cases[subject.name] = {dtype: subject.case(dtype) for dtype in dtypes}
             rows += _compare(subject, dtypes, names, cases[subject.name])
             subjects.append(subject)
         # Few tokens for the checkpoint that is made here: the tiny one below generates 64.
         new_tokens = 64 if args.checkpoint else 8
         whole = parity.implementation("blockwise")
-        found = parity.compare_model(folder, "llama, whole", "float32", whole, new_tokens=new_tokens)
+        found = parity.compare_model(folder, "llama, whole", "float32", whole, new_tokens=new_tokens, device=device)
         print("\n".join(map(str, found)), flush=True)
         rows += found
-    with _tiny() as tiny:
-        for name, dtype in (("naive", "float32"), ("blockwise", "float32"), ("naive", "bfloat16")):
-            found = parity.compare_model(tiny, "tiny llama, whole", dtype, parity.implementation(name))
+    with _tiny() as tiny, _tiny(tiniest=True) as tiniest:
+        for model, name, dtype, tokens in (
+            (tiny, "naive", "float32", 24),
+            (tiny, "blockwise", "float32", 24),
+            (tiny, "naive", "bfloat16", 24),
+            (tiniest, "loops", "float32", 4),
+            (tiniest, "triton", "float32", 4),
+        ):
+            label = f"{'tiny' if model is tiny else 'tiniest'} llama, whole"
+            one = parity.implementation(name)
+            found = parity.compare_model(model, label, dtype, one, tokens=tokens, device=device)
             print("\n".join(map(str, found)), flush=True)
             rows += found
     print(
@@ -225,7 +236,7 @@ def run_parity(args) -> int:
     return _finish(args, rows, caught, problems, start)
 
 
-def _subjects(args, folder, problems: list[str]):
+def _subjects(args, folder, device: str | None, problems: list[str]):
     """What is compared: (subject, dtypes, implementations), the checkpoint's own layer first.
 
     The others see to it that every fault applies to one of them, whatever the checkpoint is.
@@ -237,23 +248,24 @@ def _subjects(args, folder, problems: list[str]):
     _check_layer(args.layer, model.config.num_hidden_layers)
     ids = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, args.tokens))
     names = ("naive", "blockwise") + (("triton",) if parity.kernels_run_here() else ())
-    subject = parity.llama_subject(folder, model, ids, name="llama", layer=args.layer)
+    options = dict(layer=args.layer, device=device)
+    subject = parity.llama_subject(folder, model, ids, name="llama", **options)
     problems += reference.hugging_face_is_sound(model, subject.x, layer=args.layer)
     yield subject, ("float32", "bfloat16"), names
-    later = parity.llama_subject(folder, model, ids, name="llama from 1000", layer=args.layer, first_position=1000)
+    later = parity.llama_subject(folder, model, ids, name="llama from 1000", first_position=1000, **options)
     yield later, ("float32",), names
     with _tiny() as tiny:
         model = checkpoint.load_model(tiny)
         ids = np.random.default_rng(0).integers(0, checkpoint.TINY.vocabulary, (1, parity.BLOCK + 16))
         short, short_later = (
-            parity.llama_subject(tiny, model, ids[:, :12], name=name, first_position=first)
+            parity.llama_subject(tiny, model, ids[:, :12], name=name, first_position=first, device=device)
             for name, first in (("tiny llama", 0), ("tiny llama from 1000", 1000))
         )
-        long = parity.llama_subject(tiny, model, ids, name=f"tiny llama, {ids.size} tokens")
+        long = parity.llama_subject(tiny, model, ids, name=f"tiny llama, {ids.size} tokens", device=device)
     yield short, ("float32", "bfloat16"), ("loops", "triton")
     yield short_later, ("float32",), ("loops", "triton")
     yield long, ("float32",), ("naive", "blockwise")
-    yield parity.partial_subject(), ("float32",), ("naive", "blockwise")
+    yield parity.partial_subject(device=device), ("float32",), ("naive", "blockwise")
 
 
 def _compare(subject, dtypes, names, cases=None) -> list:
@@ -262,6 +274,9 @@ def _compare(subject, dtypes, names, cases=None) -> list:
     rows = []
     for dtype in dtypes:
         case = cases[dtype] if cases else subject.case(dtype)
+        found = parity.compare_devices(subject, case, dtype)
+        print(*found, sep="\n", end="\n" if found else "", flush=True)
+        rows += found
         for name in names:
             found = parity.compare(subject, case, dtype, parity.implementation(name))
             print("\n".join(map(str, found)), flush=True)
@@ -282,13 +297,14 @@ def _finish(args, rows, caught, problems, start: float) -> int:
         content = {
             "command": sys.argv,
             "versions": _versions(),
+            "torch_on": _second_device()[1],
             "rows": [dataclasses.asdict(row) | {"passes": bool(row.verdict)} for row in rows],
             "faults": [
                 {
                     "fault": item.fault.name,
                     "subject": item.subject,
                     "implementation": item.implementation,
-                    "margin": "raised" if math.isinf(item.margin) else item.margin,
+                    "margin": "raised" if item.raised else item.margin if math.isfinite(item.margin) else "not finite",
                     "first_stage": item.stage,
                     "caught": bool(item),
                 }
@@ -302,11 +318,12 @@ def _finish(args, rows, caught, problems, start: float) -> int:
 
 
 @contextlib.contextmanager
-def _tiny():
+def _tiny(tiniest: bool = False):
     from oracle import checkpoint
 
+    shapes = checkpoint.TINIEST if tiniest else checkpoint.TINY
     with tempfile.TemporaryDirectory(prefix="jaxattn-oracle-") as folder:
-        yield checkpoint.make(folder, shapes=checkpoint.TINY, form="sharded")
+        yield checkpoint.make(folder, shapes=shapes, form="sharded")
 
 
 class _checkpoint:
@@ -317,16 +334,25 @@ class _checkpoint:
         self.temporary = None
 
     def __enter__(self) -> Path:
-        from oracle import checkpoint
+        from oracle import checkpoint, parity
 
         if self.name:
-            return checkpoint.find(self.name)
+            folder = checkpoint.find(self.name)
+            parity.check(folder)
+            return folder
         self.temporary = tempfile.TemporaryDirectory(prefix="jaxattn-oracle-")
         return checkpoint.make(self.temporary.name)
 
     def __exit__(self, *_):
         if self.temporary:
             self.temporary.cleanup()
+
+
+def _writable(path: str | None) -> None:
+    """Raise an OSError where a file cannot be written there, before what takes minutes; leaves nothing."""
+    if path is not None and not Path(path).exists():
+        Path(path).touch()
+        Path(path).unlink()
 
 
 def _check_layer(layer: int, layers: int) -> None:
@@ -340,6 +366,16 @@ def _full_float32() -> None:
 
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+
+
+def _second_device() -> tuple[str | None, str]:
+    import jax
+    import torch
+
+    from oracle import parity
+
+    return parity.second_device(torch.cuda.is_available(), jax.default_backend())
 
 
 def _quiet() -> None:

@@ -10,12 +10,16 @@ the values whatever the positions, and a wrong RoPE passes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import hashlib
 import json
 import math
+import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -23,7 +27,13 @@ import torch
 from oracle.attention import to_numpy, to_torch
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_HUB_FILES = ["*.json", "*.safetensors", "tokenizer.model"]
+# Asked of the hub in turn, until the weights are there: many repositories hold the same ones in several forms.
+_HUB_FILES = (
+    ("*.json", "model*.safetensors", "tokenizer.model"),
+    ("pytorch_model*.bin",),
+    ("consolidated.*.pth",),
+)
+_HUB_WEIGHTS = ("model*.safetensors", "pytorch_model*.bin", "consolidated.*.pth")
 _META = {
     "tok_embeddings.weight": "model.embed_tokens.weight",
     "norm.weight": "model.norm.weight",
@@ -73,6 +83,8 @@ class Shapes:
 
 
 TINY = Shapes(layers=2, vocabulary=64, d_model=32, heads=4, kv_heads=2, head_dim=16, mlp=48)
+# For implementations that compute one score, or interpret one instruction, at a time.
+TINIEST = Shapes(layers=1, vocabulary=32, d_model=16, heads=2, kv_heads=1, head_dim=16, mlp=16)
 
 
 def hf_config(shapes: Shapes = Shapes()):
@@ -192,9 +204,12 @@ def find(checkpoint: str | Path) -> Path:
     """The local folder of a checkpoint: the path itself, or a hub id fetched by huggingface_hub.
 
     Args: checkpoint: a folder, or an id like "meta-llama/Llama-3.2-1B-Instruct".
-    Returns: a folder with config.json.
+    Of the forms in which a repository may hold its weights (safetensors, .bin, Meta's) only the first is
+    fetched; nothing outside of its top folder.
+
+    Returns: a folder with config.json or, in Meta's form, params.json.
     Raises: FileNotFoundError where it is neither a checkpoint folder nor an id that the hub gives, with the
-    reason.
+    reason, or where the hub's repository holds no checkpoint.
 
     >>> import tempfile
     >>> find(make(tempfile.mkdtemp(), shapes=TINY)).is_dir()
@@ -210,13 +225,21 @@ def find(checkpoint: str | Path) -> Path:
         raise FileNotFoundError(f"{checkpoint} is neither a folder nor a hub id of the form OWNER/NAME")
     from huggingface_hub import snapshot_download
 
-    try:
-        return Path(snapshot_download(str(checkpoint), allow_patterns=_HUB_FILES))
-    except Exception as error:
-        raise FileNotFoundError(
-            f"{checkpoint} is no local folder, and the hub did not give it: {type(error).__name__}: {error}. "
-            f"For gated models accept the licence on the model's page and run `hf auth login` first."
-        ) from error
+    for patterns in _HUB_FILES:
+        try:
+            folder = Path(snapshot_download(str(checkpoint), allow_patterns=list(patterns), ignore_patterns=["*/*"]))
+        except Exception as error:  # huggingface_hub, httpx and the operating system each have errors of their own
+            raise FileNotFoundError(
+                f"{checkpoint} is no local folder, and the hub did not give it: {_first_line(error)}. For gated models "
+                f"accept the licence on the model's page and run `hf auth login` first."
+            ) from error
+        described = (folder / "config.json").is_file() or (folder / "params.json").is_file()
+        if described and any(file.match(pattern) for file in folder.iterdir() for pattern in _HUB_WEIGHTS):
+            return folder
+    raise FileNotFoundError(
+        f"the hub's {checkpoint} holds no Llama checkpoint: it needs config.json with {_HUB_WEIGHTS[0]} or "
+        f"{_HUB_WEIGHTS[1]}, or params.json with {_HUB_WEIGHTS[2]}"
+    )
 
 
 def load_model(checkpoint: str | Path, dtype: str = "float32", attention: str = "eager"):
@@ -242,6 +265,7 @@ def load_model(checkpoint: str | Path, dtype: str = "float32", attention: str = 
             dtype=dtypes[dtype],
             attn_implementation=attention,
             local_files_only=True,
+            trust_remote_code=False,
             output_loading_info=True,
         )
     except Exception as error:  # transformers, safetensors and torch each have errors of their own for broken files
@@ -313,9 +337,9 @@ def read_pickle(path: str | Path) -> dict[str, np.ndarray]:
                 raise
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a stream of wrong opcodes raises whatever the reader of pickles stumbles over
-        raise ValueError(
-            f"{path} cannot be read as a dict of tensors, and nothing in it was run: {_first_line(error)}"
-        ) from error
+        forbidden = re.search(r"Unsupported (?:global|class|operand)[^\n.]*[\w.]+", str(error))
+        reason = f"it holds more than tensors ({forbidden[0]})" if forbidden else _first_line(error)
+        raise ValueError(f"{path} cannot be read as a dict of tensors, and nothing in it was run: {reason}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; it must hold a dict of names and tensors")
     wrong = [
@@ -330,14 +354,16 @@ def read_pickle(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def pickles(folder: str | Path) -> list[Path]:
-    """The PyTorch weight files of a folder without safetensors: `pytorch_model*.bin` in order, or none.
+    """The PyTorch weight files of a folder without `model.safetensors` or its index: `pytorch_model*.bin` in order,
+    or none.
 
     >>> import tempfile
     >>> [path.name for path in pickles(make(tempfile.mkdtemp(), shapes=TINY, form="bin"))]
     ['pytorch_model.bin']
     """
     folder = Path(folder)
-    return [] if any(folder.glob("*.safetensors*")) else sorted(folder.glob("pytorch_model*.bin"))
+    names = ("model.safetensors", "model.safetensors.index.json")
+    return [] if any((folder / name).is_file() for name in names) else sorted(folder.glob("pytorch_model*.bin"))
 
 
 def read_pickles(paths: list[Path]) -> dict[str, np.ndarray]:
@@ -374,7 +400,7 @@ class Meta(Mapping[str, np.ndarray]):
         try:
             params = json.loads((folder / "params.json").read_text())
             D, N, layers = (params[name] for name in _META_SIZES)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{folder / 'params.json'} does not give dim, n_heads and n_layers: {error!r}") from error
         wrong = [f"{name}={params[name]!r}" for name in _META_SIZES if not _is_positive(params[name], int)]
         wrong += [
@@ -409,8 +435,7 @@ class Meta(Mapping[str, np.ndarray]):
         if wrong:
             raise ValueError(f"{folder} holds tensors with a wrong number of axes: {', '.join(wrong[:10])}")
         head, embedding, gate = "lm_head.weight", "model.embed_tokens.weight", "model.layers.0.mlp.gate_proj.weight"
-        tied = embedding in self._theirs and head in self._theirs and np.array_equal(self[head], self[embedding])
-        if tied:
+        if {embedding, head} <= self._theirs.keys() and _digest(self[head]) == _digest(self[embedding]):
             del self._theirs[head]
         self.config = {
             "model_type": "llama",
@@ -460,6 +485,12 @@ class Meta(Mapping[str, np.ndarray]):
         return len(self._theirs)
 
 
+def _digest(array: np.ndarray) -> tuple:
+    """Equal for arrays with the same bits: two large ones need not be held at once to be compared."""
+    content = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    return array.shape, array.dtype, hashlib.blake2b(content).digest()
+
+
 def _is_positive(value, *kinds: type) -> bool:
     return type(value) in kinds and 0 < value < math.inf
 
@@ -474,11 +505,38 @@ def _from_meta(name: str) -> str:
 
 
 def write_pickle(path: str | Path, tensors: dict[str, np.ndarray]) -> None:
-    """Write name -> array as a torch dict that `torch.load(..., weights_only=True)` reads.
+    """Write name -> array as a torch dict that `torch.load(..., weights_only=True)` reads; whole, or not at all.
 
     >>> import ml_dtypes, tempfile
     >>> path = Path(tempfile.mkdtemp()) / "x.pt"
     >>> write_pickle(path, {"a": np.ones(2, ml_dtypes.bfloat16)}); read_pickle(path)["a"].dtype
     dtype(bfloat16)
     """
-    torch.save({name: to_torch(np.asarray(array)) for name, array in tensors.items()}, Path(path))
+    with whole_file(path) as file:
+        torch.save({name: to_torch(np.asarray(array)) for name, array in tensors.items()}, file)
+
+
+@contextlib.contextmanager
+def whole_file(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write, which appears under its name when it is whole; an error leaves what was there before.
+
+    Raises: OSError where it cannot be written.
+
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "x"
+    >>> with whole_file(path) as file: n = file.write(b"whole")
+    >>> path.read_bytes()
+    b'whole'
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.parent}")
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with partial.open("xb") as file:
+            yield file
+        partial.replace(path)
+    except RuntimeError as error:  # what torch makes of an OSError
+        raise OSError(f"{path} cannot be written: {_first_line(error)}") from error
+    finally:
+        partial.unlink(missing_ok=True)

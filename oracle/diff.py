@@ -9,16 +9,28 @@ made them.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
 
-from oracle.attention import Verdict, judge, rmse
+from oracle.attention import Verdict, judge, rmse, unit_roundoff
+from oracle.checkpoint import whole_file
 from oracle.llama import STAGES, Case
 
 _NEARER = 10.0
 _INPUT = ("x", "positions")
+_AXES = {
+    "query": "BTNH",
+    "key": "BTKH",
+    "value": "BTKH",
+    "rotated_query": "BTNH",
+    "rotated_key": "BTKH",
+    "log_sum_exp": "BTN",
+    "context": "BTNH",
+    "output": "BTD",
+}
 _BLOCKS = (16, 32, 64, 128, 256, 512)
 
 
@@ -73,20 +85,21 @@ def diagnose(case: Case, ours: Mapping[str, np.ndarray], *, theta: float) -> Dia
     for stage in compared:
         verdict = judge(stage, ours[stage], case.targets[stage])
         if not verdict:
-            if ours[stage].shape != case.targets[stage].value.shape:
-                return Diagnosis(stage, compared, verdict, "in shape")
             observed = np.asarray(ours[stage], np.float64)
             cause = _explain(case, stage, observed, theta)
-            where = _where(observed, case, stage)
+            fits = observed.shape == case.targets[stage].value.shape
+            where = _where(observed, case, stage) if fits else "in shape"
             return Diagnosis(stage, compared, verdict, where, cause and cause.name, cause.advice if cause else "")
     return Diagnosis(None, compared)
 
 
-def read_dump(path: str | Path) -> dict[str, np.ndarray]:
+def read_dump(path: str | Path, case: Case) -> dict[str, np.ndarray]:
     """Stages from an `.npz` file, which may hold the layer's input (x, positions) too, as `write_dump` writes it.
 
+    Args: path. case: what the stages are to be compared with.
     Raises: FileNotFoundError; ValueError where the file is no whole npz of plain arrays (pickled objects are
-    refused), where a name is none of `oracle.llama.STAGES`, or an array holds no numbers.
+    refused), where a name is none of `oracle.llama.STAGES`, an array holds no numbers, or the input is another
+    than the case's.
     """
     path = Path(path)
     if not path.is_file():
@@ -102,17 +115,24 @@ def read_dump(path: str | Path) -> dict[str, np.ndarray]:
             f"{path} holds {', '.join(unknown)}; the stages are called {', '.join(STAGES)}, "
             f"the layer's input {' and '.join(_INPUT)}"
         )
-    stages = {name: array for name, array in arrays.items() if name not in _INPUT}
-    for name, array in stages.items():
+    for name, array in arrays.items():
         if array.dtype.kind not in "fiu":
             raise ValueError(f"{path}: {name} has dtype {array.dtype}; save it as float32 or float64")
-    return stages
+    for name, expected in (("x", case.x), ("positions", case.positions)):
+        given = arrays.pop(name, expected)
+        if given.shape != expected.shape or not np.allclose(given, expected, rtol=1e-6, atol=0):
+            raise ValueError(
+                f"{path}: {name} {given.shape} is not the layer's input {expected.shape}: run your code on what --save "
+                f"writes, and give the same --checkpoint, --layer and --tokens as there"
+            )
+    return arrays
 
 
 def write_dump(path: str | Path, case: Case) -> None:
     """The layer's input (x, positions) and torch's stages as an `.npz`, for code that is to be compared."""
     stages = {name: target.value.astype(np.float32) for name, target in case.targets.items()}
-    np.savez(Path(path), x=np.asarray(case.x, np.float32), positions=case.positions, **stages)
+    with whole_file(path) as file:
+        np.savez(file, x=np.asarray(case.x, np.float32), positions=case.positions, **stages)
 
 
 def _where(observed: np.ndarray, case: Case, stage: str) -> str:
@@ -130,20 +150,77 @@ def _where(observed: np.ndarray, case: Case, stage: str) -> str:
 
 
 def _explain(case: Case, stage: str, observed: np.ndarray, theta: float) -> Cause | None:
-    right = rmse(observed, case.targets[stage].value)
-    if not np.isfinite(right):  # infinities in the wrong place: judge by the spread of the other entries
+    target = case.targets[stage].value
+    right = rmse(observed, target) if observed.shape == target.shape else np.inf
+    if not np.isfinite(right):  # infinities in the wrong place, other shapes: judge by the spread of the finite entries
         finite = observed[np.isfinite(observed)]
         right = float(finite.std()) if finite.size else 0.0
     found, nearest = None, right / _NEARER
-    for cause in _CAUSES[stage](case, stage, theta):
-        error = rmse(observed, cause.stage)
+    for cause in itertools.chain(_CAUSES[stage](case, stage, theta), _layout_causes(case, stage)):
+        error = rmse(observed, cause.stage) if cause.stage.shape == observed.shape else np.inf
         if error <= nearest:
             found, nearest = cause, error
-    return found
+    return found or (_few_digits(observed, target, right) if observed.shape == target.shape else None)
+
+
+def _few_digits(observed: np.ndarray, target: np.ndarray, error: float) -> Cause | None:
+    """The dtype of fewer digits in which the numbers were rounded, where that explains an error of this size."""
+    for dtype in ("bfloat16", "float16"):
+        with np.errstate(over="ignore"):
+            rounded = observed.astype(dtype).astype(np.float64)
+        small = error <= 16 * unit_roundoff(dtype) * float(np.sqrt(np.mean(target**2)))
+        if small and np.isfinite(observed).all() and np.array_equal(rounded, observed):
+            advice = f"Every number is one of {dtype}'s: compute in float32, with which this is compared."
+            return Cause(f"computed in {dtype}", advice, rounded)
+    return None
+
+
+def _layout_causes(case: Case, stage: str) -> Iterator[Cause]:
+    """Right numbers in another order or shape."""
+    value, letters = case.targets[stage].value, _AXES[stage]
+    wanted = f"it should be {_brackets(letters)} = {value.shape}"
+    forms = {letters: value} | ({letters[1:]: value[0]} if value.shape[0] == 1 else {})
+    for axes, form in forms.items():
+        for order in itertools.permutations(range(form.ndim)):
+            there = "".join(axes[i] for i in order)
+            if there != letters:
+                yield Cause(
+                    "axes in another order", f"It is {_brackets(there)}; {wanted}: transpose it.", form.transpose(order)
+                )
+    if len(letters) < 4:
+        return
+    B, T, heads, H = value.shape
+    yield Cause("heads not split", f"It is [B, T, {letters[2]} * H]; {wanted}.", value.reshape(B, T, heads * H))
+    G = case.targets["query"].value.shape[2] // heads
+    if G == 1:
+        return
+    for name, repeated in (
+        ("KV heads repeated already", np.repeat(value, G, 2)),
+        ("KV heads tiled, not repeated", np.tile(value, (1, 1, G, 1))),
+    ):
+        for there, form in (("BTNH", repeated), ("BNTH", repeated.swapaxes(1, 2))):
+            advice = f"It is {_brackets(there)}; {wanted}, as it is before each head serves its {G} query heads"
+            more = ", which read KV head n // G (repeat), not n % K (tile)." if "tiled" in name else "."
+            yield Cause(name, advice + more, form)
+
+
+def _brackets(letters: str) -> str:
+    return f"[{', '.join(letters)}]"
 
 
 def _projection_causes(case: Case, stage: str, _theta: float) -> Iterator[Cause]:
     value = case.targets[stage].value
+    for name, advice, cut in _PRODUCTS:
+        yield Cause(name, advice, _project(case, stage, cut))
+    weight = f"{stage[0]}_proj.weight"
+    if len(set(case.weights[weight].shape)) == 1:
+        yield Cause(
+            "projection transposed",
+            "torch's Linear keeps [out, in]: multiply by its transpose.",
+            _project(case, stage, transposed=True),
+        )
+    if f"{stage[0]}_proj.bias" in case.weights:
+        yield Cause("no bias", "The projection has a bias: add it.", _project(case, stage, biased=False))
     R = 2 * len(case.inv_freq)
     order = np.arange(R).reshape(2, R // 2).T.ravel()
     yield Cause(
@@ -157,6 +234,34 @@ def _projection_causes(case: Case, stage: str, _theta: float) -> Iterator[Cause]
         "Reshape the projection to (heads, head_dim), not (head_dim, heads).",
         value.reshape(B, T, H, N).swapaxes(2, 3) if N != H else value.swapaxes(2, 3),
     )
+
+
+def _project(
+    case: Case, stage: str, cut: Callable[[np.ndarray], np.ndarray] = np.asarray, *, transposed=False, biased=True
+) -> np.ndarray:
+    """A projection [B, T, N, H] of x in float64, `cut` applied to both factors first."""
+    weight = cut(np.asarray(case.weights[f"{stage[0]}_proj.weight"], np.float32)).astype(np.float64)
+    bias = case.weights.get(f"{stage[0]}_proj.bias") if biased else None
+    y = cut(np.asarray(case.x, np.float32)).astype(np.float64) @ (weight if transposed else weight.T)
+    return (y if bias is None else y + np.asarray(bias, np.float64)).reshape(case.targets[stage].value.shape)
+
+
+def _cut_bits(x: np.ndarray, bits: int, rounded: bool) -> np.ndarray:
+    """float32 without its last bits: cut off, or rounded to the nearest (ties away from zero)."""
+    integers = x.view(np.uint32) + np.uint32(rounded << (bits - 1))
+    return (integers & np.uint32(0xFFFFFFFF << bits & 0xFFFFFFFF)).view(np.float32)
+
+
+_PRODUCTS = tuple(
+    (name, advice, lambda x, bits=bits, rounded=rounded: _cut_bits(x, bits, rounded))
+    for name, bits, advice in (
+        ("products in TF32", 13, "float32 was multiplied in TF32, a GPU's way to save time: ask for full precision "
+         "(jax.default_matmul_precision('highest'), torch.set_float32_matmul_precision('highest'))."),
+        ("products in bfloat16", 16, "float32 was multiplied in bfloat16, a TPU's default: ask for full precision "
+         "(jax.default_matmul_precision('highest'))."),
+    )
+    for rounded in (False, True)
+)  # fmt: skip
 
 
 def _rotation_causes(case: Case, stage: str, theta: float) -> Iterator[Cause]:
@@ -173,10 +278,16 @@ def _rotation_causes(case: Case, stage: str, theta: float) -> Iterator[Cause]:
         "(jaxattn.rope.to_half), or rotate in the other layout.",
         rotated(interleaved=True),
     )
+    for factor in {1.0, case.attention_scaling}:
+        yield Cause(
+            "no RoPE scaling",
+            "The frequencies are theta ** (-2i/R) without the configuration's scaling rule: apply rope_scaling.",
+            rotated(inv_freq=unscaled, factor=factor),
+        )
     yield Cause(
-        "no Llama-3 scaling",
-        "The frequencies are theta ** (-2i/R) without the configuration's scaling rule: apply rope_scaling.",
-        rotated(inv_freq=unscaled, factor=1.0),
+        "no attention factor",
+        f"YaRN multiplies cos and sin by {case.attention_scaling:.6g} here.",
+        rotated(factor=1.0),
     )
     yield Cause("not rotated", "RoPE is missing here.", x)
     yield Cause("rotated backwards", "The sine has the wrong sign.", rotated(inv_freq=-case.inv_freq))

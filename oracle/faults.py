@@ -31,23 +31,24 @@ class Fault:
 
     name: also what `oracle.diff` should call it. plant: the context manager. applies: whether the mistake
     changes a subject at all; to tile the key/value heads of a layer with as many as query heads is right.
-    implementations: those it is run with; what lies before attention is shared by all. raises: the mistake
-    must raise an error instead of differing.
+    implementations: those it is run with; what lies before attention is shared by all. raises: where the mistake
+    must raise an error instead of differing, what that error must say.
     """
 
     name: str
     plant: Callable[[], contextlib.AbstractContextManager]
     implementations: tuple[str, ...] = ("naive",)
     applies: Callable[[parity.Subject], bool] = lambda subject: True
-    raises: bool = False
+    raises: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Caught:
-    """What parity said with a fault in place; margin is error / allowed error, infinite where it raised as
-    it must.
+    """What parity said with a fault in place; margin is error / allowed error, infinite for NaN and where it
+    raised as it must.
 
-    subject: the name of the layer it was planted in. stage: the first stage that fails, None where none does.
+    subject: the name of the layer it was planted in. stage: the first stage that fails, "load" where it raised,
+    None where none does.
     """
 
     fault: Fault
@@ -59,8 +60,12 @@ class Caught:
     def __bool__(self) -> bool:
         return self.margin >= LEAST_MARGIN
 
+    @property
+    def raised(self) -> bool:
+        return self.stage == "load"
+
     def __str__(self) -> str:
-        margin = "raised" if math.isinf(self.margin) else f"{self.margin:.3g}"
+        margin = "raised" if self.raised else f"{self.margin:.3g}"
         verdict = "caught" if self else f"NOT CAUGHT: the margin must be at least {LEAST_MARGIN:g}"
         return (
             f"{self.fault.name:<34} {self.subject:<22} {self.implementation:<14} {margin:>9} "
@@ -85,8 +90,8 @@ def catch(fault: Fault, subject: parity.Subject, case: Case, implementation: Any
     with planted(fault):
         try:
             ours = parity.our_stages(subject, case, implementation)
-        except ValueError:
-            if not fault.raises:
+        except ValueError as error:
+            if not fault.raises or fault.raises not in str(error):
                 raise
             return Caught(fault, subject.name, label, math.inf, "load")
     if _patchable() != before:
@@ -243,7 +248,7 @@ FAULTS = (
         applies=lambda subject: subject.x.shape[1] > parity.BLOCK,  # with one block of keys nothing is rescaled
     ),
     Fault(
-        "no Llama-3 scaling",
+        "no RoPE scaling",
         no_llama3_scaling,
         applies=lambda subject: isinstance(subject.config.rope.scaling, rope.Llama3),
     ),
@@ -260,5 +265,5 @@ FAULTS = (
         applies=lambda subject: subject.x.shape[1] > 1,
     ),
     Fault("wrong scale", wrong_scale),
-    Fault("full-MHA shapes", full_mha_shapes, applies=_shares_kv_heads, raises=True),
+    Fault("full-MHA shapes", full_mha_shapes, applies=_shares_kv_heads, raises="misshaped: k_proj.weight"),
 )

@@ -36,12 +36,20 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 
 @dataclasses.dataclass(frozen=True)
+class Second:
+    """The stages of a layer in the dtype under test, computed by torch on another device than the CPU."""
+
+    device: str
+    stages: dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
 class Case:
     """One layer's inputs and, for each stage, what it should be and how near a result must come.
 
     x: [B, T, D] in the dtype under test. positions: int [B, T]. mask: boolean [B, 1, T, T]. inv_freq:
     float32 [R / 2]. weights: Hugging Face's names -> arrays in the dtype under test. targets: stage ->
-    `Target`, heads as [B, T, N, H].
+    `Target`, heads as [B, T, N, H]. second: what torch gives on a second device, where it was asked for.
     """
 
     x: np.ndarray
@@ -53,9 +61,12 @@ class Case:
     inv_freq: np.ndarray
     attention_scaling: float
     scale: float
+    second: Second | None = None
 
 
-def layer_case(model, x: np.ndarray, dtype: str, *, layer: int = 0, positions=None, mask=None) -> Case:
+def layer_case(
+    model, x: np.ndarray, dtype: str, *, layer: int = 0, positions=None, mask=None, device: str | None = None
+) -> Case:
     """Run one attention layer of a Hugging Face model on x, three times, and keep every stage.
 
     Args:
@@ -63,9 +74,9 @@ def layer_case(model, x: np.ndarray, dtype: str, *, layer: int = 0, positions=No
       partial RoPE). x: [B, T, D], the attention layer's input; rounded to `dtype` before anything is run.
       dtype: "float32", "bfloat16", "float16" or "float64". layer: which layer. positions: int [T] or [B, T];
       None counts from 0. mask: boolean [B|1, 1, T, T]; None is causal. It is passed explicitly: the eager
-      layer without one is not causal.
+      layer without one is not causal. device: of torch's ("cuda"), on which the layer is run once more.
 
-    Returns: a `Case`.
+    Returns: a `Case`. What is right, and how near a result must come, is computed on the CPU.
 
     >>> from oracle import checkpoint
     >>> x = np.random.default_rng(0).normal(size=(1, 6, 32))
@@ -73,10 +84,12 @@ def layer_case(model, x: np.ndarray, dtype: str, *, layer: int = 0, positions=No
     (1, 6, 2, 16)
     """
     rotary = model.model.rotary_emb
-    return _case(model.model.layers[layer].self_attn, rotary, rotary, run_stages, x, dtype, positions, mask)
+    return _case(model.model.layers[layer].self_attn, rotary, rotary, run_stages, x, dtype, positions, mask, device)
 
 
-def file_case(tensors: dict[str, np.ndarray], x: np.ndarray, dtype: str, *, positions=None, mask=None) -> Case:
+def file_case(
+    tensors: dict[str, np.ndarray], x: np.ndarray, dtype: str, *, positions=None, mask=None, device: str | None = None
+) -> Case:
     """As `layer_case`, for the tensors of a layer file and without transformers: the layer is written out in
     torch.
 
@@ -89,10 +102,10 @@ def file_case(tensors: dict[str, np.ndarray], x: np.ndarray, dtype: str, *, posi
     (1, 3, 32)
     """
     module = WrittenOut(tensors)
-    return _case(module, module.tables, module, WrittenOut.stages, x, dtype, positions, mask)
+    return _case(module, module.tables, module, WrittenOut.stages, x, dtype, positions, mask, device)
 
 
-def _case(module, rotary, frequencies, run, x, dtype: str, positions, mask) -> Case:
+def _case(module, rotary, frequencies, run, x, dtype: str, positions, mask, device: str | None) -> Case:
     B, T, _ = x.shape
     x = to_torch(np.asarray(x, np.float64)).to(_DTYPES[dtype])
     positions = np.broadcast_to(np.arange(T) if positions is None else positions, (B, T)).copy()
@@ -109,6 +122,10 @@ def _case(module, rotary, frequencies, run, x, dtype: str, positions, mask) -> C
     else:
         coarse, coarse_x, ratio = tested, x, 1.0
     near = run(coarse, rotary, coarse_x, positions, mask)
+    second = None
+    if device is not None:
+        there = copy.deepcopy(tested).to(device)
+        second = Second(device, run(there, rotary, x.to(device), positions, mask))
     size = _absolute_stages(exact, rotary, x.double(), positions, mask, right)
     unit = np.dtype(to_numpy(x).dtype)
     targets = {}
@@ -125,6 +142,7 @@ def _case(module, rotary, frequencies, run, x, dtype: str, positions, mask) -> C
         inv_freq=to_numpy(frequencies.inv_freq).astype(np.float64),
         attention_scaling=float(frequencies.attention_scaling),
         scale=float(module.scaling),
+        second=second,
     )
 
 
@@ -164,7 +182,7 @@ class WrittenOut(torch.nn.Module):
 
     def tables(self, x: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin [B, T, H] in x's dtype, computed in float32."""
-        angles = positions[..., None].float() * self.inv_freq
+        angles = positions[..., None].float() * self.inv_freq.to(positions.device)
         angles = torch.cat([angles, angles], -1)
         return tuple((f(angles) * self.attention_scaling).to(x.dtype) for f in (torch.cos, torch.sin))
 
@@ -174,7 +192,7 @@ class WrittenOut(torch.nn.Module):
         query, key, value = (
             f(x).view(*x.shape[:2], -1, self.head_dim) for f in (self.q_proj, self.k_proj, self.v_proj)
         )
-        cos, sin = (table[:, :, None] for table in rotary(x, torch.from_numpy(positions)))
+        cos, sin = (table[:, :, None] for table in rotary(x, torch.from_numpy(positions).to(x.device)))
 
         def rotate(y):
             a, b = y.chunk(2, -1)
@@ -183,7 +201,7 @@ class WrittenOut(torch.nn.Module):
         rotated_query, rotated_key = rotate(query), rotate(key)
         keys, values = (y.repeat_interleave(self.num_key_value_groups, 2) for y in (rotated_key, value))
         logits = torch.einsum("btnh,bsnh->bnts", rotated_query, keys) * self.scaling
-        logits = logits.masked_fill(~torch.from_numpy(np.array(mask)), torch.finfo(x.dtype).min)
+        logits = logits.masked_fill(~torch.from_numpy(np.array(mask)).to(x.device), torch.finfo(x.dtype).min)
         wide = torch.promote_types(x.dtype, torch.float32)
         weights = torch.softmax(logits, -1, dtype=wide).to(x.dtype)
         context = torch.einsum("bnts,bsnh->btnh", weights, values)
@@ -233,15 +251,54 @@ def run_stages(
         for name, projection in names.items()
     ]
     allowed = torch.from_numpy(np.array(np.broadcast_to(mask, (x.shape[0], 1, *mask.shape[2:]))))
-    additive = torch.zeros(allowed.shape, dtype=x.dtype).masked_fill(~allowed, torch.finfo(x.dtype).min)
+    additive = torch.zeros(allowed.shape, dtype=x.dtype).masked_fill(~allowed, torch.finfo(x.dtype).min).to(x.device)
     with torch.no_grad(), _capturing(module, seen, kind):
-        tables = rotary(x, torch.from_numpy(positions))
+        tables = rotary(x, torch.from_numpy(positions).to(x.device))
         try:
             output, _ = module(hidden_states=x, position_embeddings=tables, attention_mask=additive)
         finally:
             for handle in handles:
                 handle.remove()
     return {**seen, "output": to_numpy(output)}
+
+
+def logits(model, rows: list[np.ndarray]) -> list[np.ndarray]:
+    """The logits [T, V], float64, of each row of tokens alone: padded ones give NaN in transformers' float64 softmax.
+
+    Args: model: a causal language model of transformers, on any device. rows: int [T] each.
+
+    >>> from oracle import checkpoint
+    >>> logits(checkpoint.random_model(checkpoint.TINY), [np.arange(5)])[0].shape
+    (5, 64)
+    """
+    with torch.no_grad():
+        tokens = [torch.from_numpy(np.asarray(row, np.int64))[None].to(model.device) for row in rows]
+        return [to_numpy(model(row).logits[0].double()) for row in tokens]
+
+
+def greedy(model, tokens: np.ndarray, new_tokens: int, real: np.ndarray | None = None) -> np.ndarray:
+    """Greedy continuations by transformers' own `generate` with its KV cache: int [B, new_tokens].
+
+    The checkpoint's own generation settings (repetition penalty, length, end tokens, ...) are left out: they are
+    not greedy.
+
+    Args: model: as in `logits`. tokens: int [B, T]. real: boolean [B, T], False for padding on the left.
+
+    >>> from oracle import checkpoint
+    >>> greedy(checkpoint.random_model(checkpoint.TINY), np.arange(5)[None], 3).shape
+    (1, 3)
+    """
+    from transformers import GenerationConfig
+
+    options = dict(max_new_tokens=new_tokens, do_sample=False, use_cache=True, eos_token_id=None, pad_token_id=0)
+    kept, model.generation_config = model.generation_config, GenerationConfig()
+    ids = torch.from_numpy(np.asarray(tokens, np.int64))
+    attended = torch.ones_like(ids) if real is None else torch.from_numpy(real.astype(np.int64))
+    try:
+        done = model.generate(ids, attention_mask=attended, generation_config=GenerationConfig(**options))
+    finally:
+        model.generation_config = kept
+    return done[:, ids.shape[1] :].numpy()
 
 
 def attention_input(model, tokens: np.ndarray, *, layer: int = 0) -> np.ndarray:

@@ -60,13 +60,13 @@ class Row:
     def __str__(self) -> str:
         v = self.verdict
         return (
-            f"{self.subject:<22} {self.implementation:<18} {self.dtype:<9} {self.stage:<14} "
+            f"{self.subject:<22} {self.implementation:<18} {self.dtype:<9} {self.stage:<16} "
             f"{v.max_abs:>9.2e} {v.rmse:>9.2e} {v.bound:>9.2e} {'ok' if v else 'FAIL: ' + v.reason}"
         )
 
 
 _COLUMNS = ("subject", "implementation", "dtype", "stage", "max abs", "RMSE", "allowed")
-HEADER = "{:<22} {:<18} {:<9} {:<14} {:>9} {:>9} {:>9} verdict".format(*_COLUMNS)
+HEADER = "{:<22} {:<18} {:<9} {:<16} {:>9} {:>9} {:>9} verdict".format(*_COLUMNS)
 
 
 def our_stages(subject: Subject, case: reference.Case, implementation) -> dict[str, np.ndarray]:
@@ -93,37 +93,81 @@ def compare(subject: Subject, case: reference.Case, dtype: str, implementation) 
 
     Besides the stages there is "vs torch layer": the output against torch's in the same dtype. In
     float32 its largest error may be 2e-5 of the largest output, in other dtypes the sum of both sides'
-    allowed errors.
+    allowed errors. Where the case was run on a second device too, "vs torch on it" is the same for that one.
     """
     ours = our_stages(subject, case, implementation)
     label = implementation if isinstance(implementation, str) else implementation.name
+    target = case.targets["output"]
     verdicts = {stage: judge(stage, ours[stage], case.targets[stage]) for stage in reference.STAGES}
-    verdicts["vs torch layer"] = _against_layer(ours["output"], case, dtype)
+    near = {"vs torch layer": (case.plain_output, target.plain_rmse)}
+    if case.second:
+        output = case.second.stages["output"]
+        near[f"vs torch on {case.second.device}"] = (output, rmse_(output, target.value))
+    for name, (output, plain_rmse) in near.items():
+        verdicts[name] = _against(name, ours["output"], output, plain_rmse, target, dtype, 2e-5)
     return [Row(subject.name, label, dtype, stage, verdict) for stage, verdict in verdicts.items()]
 
 
-def _against_layer(output: np.ndarray, case: reference.Case, dtype: str) -> Verdict:
-    target = case.targets["output"]
-    difference = np.asarray(output, np.float64) - np.asarray(case.plain_output, np.float64)
+def compare_devices(subject: Subject, case: reference.Case, dtype: str) -> list[Row]:
+    """torch's own stages on the case's second device, judged as ours are: with TF32 on they would fail.
+
+    Returns: no row where the case was run on one device.
+    """
+    if case.second is None:
+        return []
+    label = f"torch on {case.second.device}"
+    verdicts = [judge(stage, case.second.stages[stage], case.targets[stage]) for stage in reference.STAGES]
+    return [Row(subject.name, label, dtype, verdict.name, verdict) for verdict in verdicts]
+
+
+def second_device(torch_has_cuda: bool, jax_platform: str) -> tuple[str | None, str]:
+    """Where torch runs besides the CPU, and what the output says about it.
+
+    Args: torch_has_cuda: `torch.cuda.is_available()`. jax_platform: of JAX's default device.
+    Returns: ("cuda", a line) where both see a GPU, else (None, a line with the reason).
+
+    >>> second_device(True, "gpu")
+    ('cuda', 'torch on the CPU and on the GPU')
+    """
+    on_gpu = jax_platform in ("gpu", "cuda")
+    if torch_has_cuda and on_gpu:
+        return "cuda", "torch on the CPU and on the GPU"
+    if on_gpu:
+        return None, "torch on the CPU only: this torch sees no CUDA, so nothing is compared with torch on the GPU"
+    if torch_has_cuda:
+        return None, "torch on the CPU only: JAX sees no GPU (install jaxattn[cuda]) to be compared with torch there"
+    return None, "torch on the CPU"
+
+
+def _against(name, ours, theirs, plain_rmse: float, target: Target, dtype: str, share: float) -> Verdict:
+    """Ours against torch's in the same dtype; in float32 to a share of the largest entry, else both sides' errors."""
+    difference = np.asarray(ours, np.float64) - np.asarray(theirs, np.float64)
     rmse, max_abs = float(np.sqrt(np.mean(difference**2))), float(np.abs(difference).max())
     if dtype == "float32":
-        bound = 2e-5 * float(np.abs(target.value).max())
+        bound = share * float(np.abs(target.value).max())
         reason = "" if max_abs <= bound else f"max abs {max_abs / bound:.3g} times what float32 should reach"
     else:
-        bound = target.bound + target.plain_rmse
+        bound = target.bound + plain_rmse
         reason = "" if rmse <= bound else f"{rmse / bound:.3g} times the allowed error"
-    return Verdict("vs torch layer", rmse, max_abs, bound, target.plain_rmse, reason)
+    return Verdict(name, rmse, max_abs, bound, plain_rmse, reason)
 
 
 def llama_subject(
-    folder: str | Path, model, ids: np.ndarray, *, name: str, layer: int = 0, first_position: int = 0
+    folder: str | Path,
+    model,
+    ids: np.ndarray,
+    *,
+    name: str,
+    layer: int = 0,
+    first_position: int = 0,
+    device: str | None = None,
 ) -> Subject:
     """A layer of a Llama checkpoint on tokens, its input being what the model feeds it.
 
     Configuration and weights are read from the folder by `jaxattn.llama`, so the reading is compared too.
 
     Args: folder: the checkpoint. model: Hugging Face's, of the same folder. ids: int [B, T]. layer: which.
-      first_position: of each row.
+      first_position: of each row. device: on which torch's layer is run too, besides the CPU.
     """
     x = reference.attention_input(model, ids, layer=layer)
     positions = first_position + np.arange(ids.shape[1])
@@ -131,7 +175,7 @@ def llama_subject(
     weights = {name.removeprefix(prefix): tensors[name] for name in tensors if name.startswith(prefix)}
 
     def case(dtype):
-        return reference.layer_case(model, x, dtype, layer=layer, positions=positions)
+        return reference.layer_case(model, x, dtype, layer=layer, positions=positions, device=device)
 
     return Subject(name, checkpoint_config(folder), x, case, weights=weights, eager=ids.size <= 16)
 
@@ -139,12 +183,32 @@ def llama_subject(
 def checkpoint_tensors(folder: str | Path) -> Mapping[str, np.ndarray]:
     """The tensors of a checkpoint folder under Hugging Face's names, read one at a time where the form
     allows it: safetensors by `jaxattn.llama`, PyTorch's pickles and Meta's by `oracle.checkpoint`.
+
+    Raises: ValueError or FileNotFoundError for broken or missing files, and for a converted checkpoint.
     """
     folder = Path(folder)
     if checkpoint_.is_meta(folder):
         return checkpoint_.Meta(folder)
-    pickles = checkpoint_.pickles(folder)
-    return checkpoint_.read_pickles(pickles) if pickles else llama.Safetensors(folder)
+    pickles, index = checkpoint_.pickles(folder), folder / "pytorch_model.bin.index.json"
+    if not pickles:
+        tensors = llama.Safetensors(folder)
+        if "embedding" in tensors:
+            raise ValueError(f"{folder} holds jaxattn's own names, which torch cannot read: give what it was made from")
+        return tensors
+    if index.is_file():
+        pickles = sorted(set(llama.indexed_files(index, ".bin").values()))
+    return checkpoint_.read_pickles(pickles)
+
+
+def check(folder: str | Path) -> None:
+    """Look at a whole checkpoint before anything is done with it, so that a broken file gives one error.
+
+    transformers would follow an index out of the folder, cast integers to numbers, and go on with NaN.
+
+    Args: folder: in any form that `checkpoint_tensors` reads.
+    Raises: ValueError or FileNotFoundError that names what is wrong.
+    """
+    llama.check_checkpoint(checkpoint_config(folder), checkpoint_tensors(folder))
 
 
 def checkpoint_config(folder: str | Path) -> llama.LlamaConfig:
@@ -173,7 +237,8 @@ def convert(source: str | Path, target: str | Path) -> Path:
     else:
         config = llama.LlamaConfig.from_folder(source)
         text = (source / "config.json").read_text(encoding="utf-8")
-    made, staging, names = not target.exists(), target / f".convert.{os.getpid()}", ("model.safetensors", "config.json")
+    made = [folder for folder in (target, *target.parents) if not folder.exists()]
+    staging, names = target / f".convert.{os.getpid()}", ("model.safetensors", "config.json")
     try:
         llama.save_converted(staging, config, tensors)
         (staging / "config.json").write_text(text, encoding="utf-8")
@@ -185,24 +250,32 @@ def convert(source: str | Path, target: str | Path) -> Path:
         with contextlib.suppress(OSError):  # the folder was empty: what is there is ours
             for name in names:
                 (target / name).unlink(missing_ok=True)
-            if made:
-                target.rmdir()
+            for folder in made:
+                folder.rmdir()
         raise
     return target / "model.safetensors"
 
 
 def compare_model(
-    folder: str | Path, name: str, dtype: str, implementation, *, tokens: int = 24, new_tokens: int = 64
+    folder: str | Path,
+    name: str,
+    dtype: str,
+    implementation,
+    *,
+    tokens: int = 24,
+    new_tokens: int = 64,
+    device: str | None = None,
 ) -> list[Row]:
     """The whole model on a left-padded batch of two: logits at every position, then greedy generation.
 
     "logits": in float32 against Hugging Face's float32, the largest error at most 1e-4 of the largest logit;
     in other dtypes by the accuracy rule. "greedy tokens": in float32 the share of generated tokens that
     differ from those of Hugging Face's `generate` with its KV cache, which must be 0; in other dtypes the
-    choice after each prompt token, where the two best logits lie further apart than twice the largest error.
+    same where the two best logits lie further apart than twice the largest error, each token being chosen after
+    those that Hugging Face chose, for one near tie would change all that follows.
 
     Args: folder: the checkpoint. dtype: "float32" or "bfloat16". tokens: T of the prompts. new_tokens: to
-    generate.
+    generate. device: as in `llama_subject`, for the logits.
     """
     import torch
 
@@ -214,34 +287,19 @@ def compare_model(
     cache = model.init_cache(2, tokens + 1, start=jnp.asarray(padding))
     ours, _ = nnx.jit(lambda model, ids, cache: model(ids, cache=cache))(model, jnp.asarray(ids), cache)
     ours = np.asarray(ours, np.float64)[real]
-
-    def theirs(hf):
-        """Each row alone and without padding: under it the float64 softmax of transformers gives NaN."""
-        with torch.no_grad():
-            rows = [hf(torch.from_numpy(row[None, start:])).logits[0] for row, start in zip(ids, padding, strict=True)]
-        return torch.cat(rows).double().numpy()
-
     hf = checkpoint_.load_model(folder, dtype)
-    near = theirs(hf)
+    expected = reference.greedy(hf, ids, new_tokens, real)
+    prompts = [row[start:] for row, start in zip(ids, padding, strict=True)]
+    near = np.concatenate(reference.logits(hf, prompts))
     if dtype == "float32":
-        difference = np.abs(ours - near)
-        rmse, bound = float(np.sqrt(np.mean(difference**2))), 1e-4 * float(np.abs(near).max())
-        reason = "" if difference.max() <= bound else f"max abs {difference.max() / bound:.3g} times the allowed error"
-        logits = Verdict("logits", rmse, float(difference.max()), bound, 0.0, reason)
+        target, plain_rmse = Target(near, 0.0, 0.0), 0.0
+        logits = _against("logits", ours, near, plain_rmse, target, dtype, 1e-4)
         chosen = nn.generate(model, jnp.asarray(ids), new_tokens, padding=jnp.asarray(padding))
-        expected = hf.generate(
-            torch.from_numpy(ids),
-            attention_mask=torch.from_numpy(real.astype(np.int64)),
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            use_cache=True,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        wrong = np.asarray(chosen) != expected[:, tokens:].numpy()
+        wrong = np.asarray(chosen) != expected
         first = f"; the first at step {int(np.argmax(wrong.any(0)))}" if wrong.any() else ""
     else:
-        right = theirs(checkpoint_.load_model(folder, dtype).double())
+        exact = checkpoint_.load_model(folder, dtype).double()
+        right = np.concatenate(reference.logits(exact, prompts))
         with torch.no_grad():
             head = hf.get_output_embeddings().weight.double().abs()
             hidden = torch.from_numpy(np.asarray(model.norm.scale[...], np.float64)).abs()
@@ -249,21 +307,38 @@ def compare_model(
         plain_rmse = rmse_(near, right)
         target = Target(right, plain_rmse, allowed(plain_rmse, size, dtype))
         logits = judge("logits", ours, target)
-        best = np.sort(right, -1)
-        error = np.abs(near - right).max(-1)
-        clear = best[:, -1] - best[:, -2] > 2 * np.maximum(error, np.quantile(error, 0.9))
+        rows = [np.concatenate([row, more[:-1]]) for row, more in zip(prompts, expected, strict=True)]
+        steps, near_steps = (np.stack([x[-new_tokens:] for x in reference.logits(m, rows)]) for m in (exact, hf))
+        best, error = np.sort(steps, -1), np.abs(near_steps - steps).max(-1)
+        # A step whose error happens to be small in torch need not be so lucky here.
+        clear = best[..., -1] - best[..., -2] > 2 * np.maximum(error, np.quantile(error, 0.9))
         if not clear.any():
-            raise ValueError("no position has a clear best token: the comparison of choices would prove nothing")
-        wrong = (ours.argmax(-1) != right.argmax(-1))[clear]
+            raise ValueError("no step has a clear best token: the comparison of choices would prove nothing")
+        wrong = (_choices(model, ids, padding, expected) != expected)[clear]
         first = f" of {int(clear.sum())} clear choices"
     share = float(wrong.mean())
     reason = f"{int(wrong.sum())} tokens differ{first}" if wrong.any() else ""
-    tokens_verdict = Verdict("greedy tokens", share, float(wrong.any()), 0.0, 0.0, reason)
+    verdicts = [logits, Verdict("greedy tokens", share, float(wrong.any()), 0.0, 0.0, reason)]
+    if device is not None:
+        there = np.concatenate(reference.logits(hf.to(device), prompts))
+        here = f"vs torch on {device}"
+        verdicts.insert(1, _against(here, ours, there, rmse_(there, target.value), target, dtype, 1e-4))
     label = implementation if isinstance(implementation, str) else implementation.name
-    return [Row(name, label, dtype, verdict.name, verdict) for verdict in (logits, tokens_verdict)]
+    return [Row(name, label, dtype, verdict.name, verdict) for verdict in verdicts]
 
 
-def partial_subject(*, tokens: int = 64, seed: int = 0) -> Subject:
+def _choices(model: nn.Transformer, ids: np.ndarray, padding: np.ndarray, taken: np.ndarray) -> np.ndarray:
+    """The token that the model would choose after the prompts [B, T] and each of `taken` [B, steps], from its cache."""
+    cache = model.init_cache(len(ids), ids.shape[1] + taken.shape[1], start=jnp.asarray(padding))
+    given, chosen = jnp.asarray(ids), []
+    for step in range(taken.shape[1]):
+        choice, cache = nn.advance(model, given, cache)
+        chosen.append(np.asarray(choice))
+        given = jnp.asarray(taken[:, step : step + 1])
+    return np.concatenate(chosen, 1)
+
+
+def partial_subject(*, tokens: int = 64, seed: int = 0, device: str | None = None) -> Subject:
     """A small StableLM layer from a seed, which rotates a quarter of each head.
 
     transformers' Llama ignores partial_rotary_factor, so it cannot be the oracle for it.
@@ -288,13 +363,15 @@ def partial_subject(*, tokens: int = 64, seed: int = 0) -> Subject:
             parameter.normal_(generator=generator).mul_(peak * parameter.shape[1] ** -0.5)
     config = llama.LlamaConfig(64, 128, 64, 1, 4, 2, 32, rope.from_hf(hf.to_dict()))
     x = np.random.default_rng(seed).normal(size=(1, tokens, 128)).astype(np.float32)
-    return Subject("stablelm (partial)", config, x, lambda dtype: reference.layer_case(model, x, dtype))
+    return Subject("stablelm (partial)", config, x, lambda dtype: reference.layer_case(model, x, dtype, device=device))
 
 
-def file_subject(path: str | Path, *, tokens: int = 256, first_position: int = 0, seed: int = 0) -> Subject:
+def file_subject(
+    path: str | Path, *, tokens: int = 256, first_position: int = 0, seed: int = 0, device: str | None = None
+) -> Subject:
     """The layer in a file of `python -m oracle extract`, on normal random input; transformers is not needed.
 
-    Args: path: of the file. tokens: T.
+    Args: path: of the file. tokens: T. device: as in `llama_subject`.
     Raises: ValueError where the file is no layer file.
     """
     tensors = checkpoint_.read_pickle(path)
@@ -316,9 +393,11 @@ def file_subject(path: str | Path, *, tokens: int = 256, first_position: int = 0
     )
     x = np.random.default_rng(seed).normal(size=(1, tokens, D)).astype(np.float32)
     positions = first_position + np.arange(tokens)
-    return Subject(
-        Path(path).name, config, x, lambda dtype: reference.file_case(tensors, x, dtype, positions=positions), freqs
-    )
+
+    def case(dtype):
+        return reference.file_case(tensors, x, dtype, positions=positions, device=device)
+
+    return Subject(Path(path).name, config, x, case, freqs)
 
 
 def implementation(name: str):

@@ -76,6 +76,9 @@ def test_the_published_config_is_read_in_both_of_its_shapes():
         ({"rope_theta": float("nan")}, "must be positive numbers: rope_theta=nan"),
         ({"rope_scaling": [1]}, r"must be an object, not \[1\]"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": [8]}}, r"must be positive numbers: factor=\[8\]"),
+        ({"tie_word_embeddings": "false", "mlp_bias": 0}, "embeddings='false' must be true or false; mlp_bias=0 must"),
+        ({"rope_theta": 1, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "frequencies that are not finite"),
+        ({"head_dim": 2, "rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "frequencies that are not finite"),
         ({"num_key_value_heads": 5}, "n_heads=32 must be a multiple of n_kv_heads=5"),
         ({"partial_rotary_factor": 0.5}, "ignores partial_rotary_factor"),
         ({"rope_scaling": {"rope_type": "magic"}}, "'magic'"),
@@ -139,6 +142,26 @@ def test_nan_weights_are_refused_by_name():
         llama.load(TINY, tensors)
 
 
+def test_more_layers_than_tensors_are_refused_before_their_names_are_made():
+    with pytest.raises(ValueError, match="1000000000000 layers, the checkpoint only 20 tensors"):
+        llama.check_checkpoint(dataclasses.replace(TINY, n_layers=10**12), tensors_of(TINY))
+
+
+def test_a_tied_head_that_is_not_the_embedding_is_refused():
+    tensors = tensors_of(TINY)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + 1
+    for use in (llama.load, llama.check_checkpoint):
+        with pytest.raises(ValueError, match="set tie_word_embeddings to false"):
+            use(TINY, tensors)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "[" * 100_000, '{"hidden_size": ' + "9" * 5000 + "}"])
+def test_a_config_that_is_no_json_object_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json (is no JSON|must hold)"):
+        LlamaConfig.from_folder(tmp_path)
+
+
 def test_names_that_say_nothing_new_are_let_be():
     tensors = tensors_of(TINY) | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(3, np.float32)}
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
@@ -185,6 +208,13 @@ HOSTILE = {
     "shape larger than the data": header({"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 8]}}) + b"\0" * 8,
     "offsets outside": header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [8, 16]}}) + b"\0" * 8,
     "unknown dtype": header({"a": {"dtype": "F77", "shape": [2], "data_offsets": [0, 8]}}) + b"\0" * 8,
+    "header longer than any number": header({}, length=2**64 - 1),
+    "offsets that overlap": header(
+        {name: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} for name in ("a", "b")}
+    )
+    + b"\0" * 8,
+    "a name twice": header(b'{"a": %s, "a": %s}' % (2 * (b'{"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}',)))
+    + b"\0" * 8,
     "no json": header(b"not json"),
     "wrong magic": b"PK\x03\x04" + b"\0" * 64,
 }

@@ -1,7 +1,9 @@
 """Made checkpoints, and pickles that are broken or hostile."""
 
 import dataclasses
+import fnmatch
 import io
+import json
 import pickle
 
 import numpy as np
@@ -76,7 +78,29 @@ def test_a_pickle_with_code_is_refused_and_nothing_is_run(tmp_path):
     path.write_bytes(pickle.dumps(Touch()))
     with pytest.raises(ValueError, match="nothing in it was run"):
         checkpoint.read_pickle(path)
+    (tmp_path / "params.json").write_text('{"dim": 32, "n_heads": 4, "n_layers": 1}')
+    torch.save({"a": Touch()}, tmp_path / "consolidated.00.pth")
+    with pytest.raises(
+        ValueError, match=r"00\.pth cannot .* nothing in it was run: .*Unsupported global: GLOBAL io\.open\)"
+    ):
+        checkpoint.Meta(tmp_path)
     assert not witness.exists()
+
+
+def test_an_index_of_pickles_leads_neither_out_of_the_folder_nor_to_what_is_missing(tmp_path):
+    checkpoint.make(tmp_path, shapes=checkpoint.TINY, form="bin")
+    (tmp_path / "pytorch_model.bin").rename(tmp_path / "pytorch_model-1.bin")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")  # other weights than the model's
+    index = tmp_path / "pytorch_model.bin.index.json"
+    for file, error, words in (
+        ("../pytorch_model-1.bin", ValueError, r"no \.bin beside it"),
+        ("pytorch_model-2.bin", FileNotFoundError, "shards that are missing"),
+    ):
+        index.write_text(json.dumps({"weight_map": {"model.norm.weight": file}}))
+        with pytest.raises(error, match=words):
+            parity.checkpoint_tensors(tmp_path)
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "pytorch_model-1.bin"}}))
+    assert len(parity.checkpoint_tensors(tmp_path)) == 20
 
 
 DAMAGE = {
@@ -118,6 +142,55 @@ def test_what_is_neither_folder_nor_hub_id_is_named(tmp_path):
         checkpoint.find(tmp_path)
     with pytest.raises(FileNotFoundError, match="neither a folder nor a hub id"):
         checkpoint.find(tmp_path / "nowhere" / "at" / "all")
+
+
+def hub(monkeypatch, tmp_path, files):
+    """A hub that has this repository: `snapshot_download`'s part that is used. Returns what it was asked for."""
+    import huggingface_hub
+
+    def download(repo, *, allow_patterns, ignore_patterns):
+        assert repo == "meta-llama/tiny"
+        asked = [f for f in files if any(fnmatch.fnmatch(f, p) for p in allow_patterns)]
+        for file in (f for f in asked if not any(fnmatch.fnmatch(f, p) for p in ignore_patterns)):
+            (tmp_path / file).touch()
+        fetched.append(allow_patterns)
+        return str(tmp_path)
+
+    fetched = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    return fetched
+
+
+@pytest.mark.parametrize(
+    ("weights", "tries"),
+    [
+        (["model.safetensors", "pytorch_model.bin", "original/consolidated.00.pth"], 1),
+        (["pytorch_model-00001-of-00001.bin", "consolidated.00.pth"], 2),
+        (["consolidated.00.pth"], 3),
+    ],
+)
+def test_the_first_form_that_a_hub_s_repository_has_is_fetched_alone(monkeypatch, tmp_path, weights, tries):
+    about = "params.json" if tries == 3 else "config.json"
+    fetched = hub(monkeypatch, tmp_path, [about, "original/params.json", *weights])
+    assert checkpoint.find("meta-llama/tiny") == tmp_path
+    assert {path.name for path in tmp_path.iterdir()} == {about, weights[0]}
+    assert len(fetched) == tries
+
+
+def test_a_hub_that_gives_nothing_or_no_checkpoint_is_an_error_with_its_reason(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    hub(monkeypatch, tmp_path, ["config.json", "flax_model.msgpack"])
+    with pytest.raises(FileNotFoundError, match=r"the hub's meta-llama/tiny holds no Llama checkpoint: it needs"):
+        checkpoint.find("meta-llama/tiny")
+    monkeypatch.undo()
+
+    def offline(*_args, **_options):
+        raise ConnectionError("Name or service not known\nand much more")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(FileNotFoundError, match=r"not give it: ConnectionError: Name or service not known\. For gated"):
+        checkpoint.find("meta-llama/tiny")
 
 
 def test_wrong_options_write_nothing(tmp_path):

@@ -4,6 +4,8 @@ fails."""
 import dataclasses
 import json
 import re
+import resource
+import struct
 import tracemalloc
 from pathlib import Path
 
@@ -115,17 +117,19 @@ def test_meta_s_output_that_is_not_the_embedding_is_kept(tmp_path):
     assert not np.array_equal(meta["lm_head.weight"], meta["model.embed_tokens.weight"])
 
 
-def test_numpy_holds_little_more_than_the_largest_tensor(tmp_path):
-    shapes = dataclasses.replace(checkpoint.TINY, layers=6, d_model=512, heads=8, kv_heads=8, head_dim=64, mlp=2048)
+@pytest.mark.parametrize("form", ["safetensors", "two of Meta's"])
+def test_converting_holds_one_copy_of_the_largest_tensor_and_a_piece(tmp_path, form):
+    shapes = dataclasses.replace(checkpoint.TINY, d_model=512, heads=8, kv_heads=8, head_dim=64, mlp=8192)
     source = checkpoint.make(tmp_path / "in", shapes=shapes, dtype="float32")
-    largest = 4 * 512 * 2048
+    if form == "two of Meta's":
+        source = write_meta(tmp_path / "meta", source, 2)
+    largest, piece = 4 * 512 * 8192, 4 * llama._PIECE
     tracemalloc.start()
     parity.convert(source, tmp_path / "out")
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    size = (tmp_path / "out" / "model.safetensors").stat().st_size
-    assert size > 20 * largest
-    assert peak < 3.5 * largest
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size > 6 * largest
+    assert peak < 1.02 * largest + piece
 
 
 def spoil_missing_shard(folder):
@@ -153,6 +157,51 @@ def spoil_config(folder):
     (folder / "config.json").write_text("{")
 
 
+def spoil_float8(folder):
+    """One that NumPy has no dtype for."""
+    tensors = {name: (array.dtype.name, array) for name, array in llama.Safetensors(folder).items()}
+    tensors["model.norm.weight"] = ("float8", np.zeros(32, np.int8))
+    header, end = {}, 0
+    for name, (dtype, array) in tensors.items():
+        kind = dict(llama.DTYPES, float8="F8_E4M3")[dtype]
+        header[name] = dict(dtype=kind, shape=array.shape, data_offsets=(end, end + array.nbytes))
+        end += array.nbytes
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    text, data = json.dumps(header).encode(), b"".join(array.tobytes() for _, array in tensors.values())
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data)
+
+
+def spoil_head(folder):
+    rewrite(
+        folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"][::-1].copy()})
+    )
+
+
+def spoil_layers(folder):
+    change_config(folder, num_hidden_layers=10**9)
+
+
+def spoil_nesting(folder):
+    (folder / "config.json").write_text("[" * 100_000)
+
+
+def spoil_index(folder):
+    """transformers follows it, and finds the same tensors there."""
+    path = folder / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    inside = index["weight_map"]["model.norm.weight"]
+    outside = folder.parent / f"outside-{inside}"
+    outside.write_bytes((folder / inside).read_bytes())
+    moved = {name: f"../{outside.name}" if file == inside else file for name, file in index["weight_map"].items()}
+    path.write_text(json.dumps(index | {"weight_map": moved}))
+
+
+def change_config(folder, **changes):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 def rewrite(folder, change):
     from safetensors.numpy import save_file
 
@@ -167,7 +216,11 @@ SPOILED = {
     spoil_missing_shard: "names shards that are missing",
     spoil_truncated_shard: "no sound safetensors file",
     spoil_nan: "model.norm.weight has 1 weights of 32 that are NaN",
-    spoil_dtype: "model.norm.weight has dtype int8",
+    spoil_dtype: "model.norm.weight has dtype I8",
+    spoil_float8: "model.norm.weight has dtype F8_E4M3",
+    spoil_head: "ties the embeddings, but lm_head.weight is not model.embed_tokens.weight",
+    spoil_layers: "the configuration has 1000000000 layers, the checkpoint only 20 tensors",
+    spoil_nesting: "config.json is no JSON",
     spoil_shape: "misshaped: model.norm.weight (33,), should be (32,)",
     spoil_config: "config.json is no JSON",
 }
@@ -185,12 +238,19 @@ def test_an_unsound_checkpoint_gives_one_error_and_leaves_nothing(tmp_path, caps
     assert not (tmp_path / "out").exists()
 
 
-def test_an_error_while_writing_leaves_no_file(tmp_path, monkeypatch):
+def test_a_file_that_cannot_be_written_to_its_end_leaves_nothing(tmp_path, capsys):
     source = checkpoint.make(tmp_path / "in", shapes=checkpoint.TINY)
-    monkeypatch.setattr(llama, "convert", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        parity.convert(source, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    layer = ["extract", "--checkpoint", str(source), "--out", str(tmp_path / "layer.pt")]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    capsys.readouterr()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))  # the system's own error, in the middle of the file
+    try:
+        statuses = [command.main(["convert", str(source), str(tmp_path / "new" / "out")]), command.main(layer)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert statuses == [2, 2]
+    assert len(re.findall("^error: .*", capsys.readouterr().err, re.MULTILINE)) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
 @pytest.mark.parametrize("there", [False, True])
@@ -290,15 +350,40 @@ def spoil_lacking(folder):
 
 
 def spoil_heads(folder):
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"num_attention_heads": 0}))
+    change_config(folder, num_attention_heads=0)
 
 
-@pytest.mark.parametrize(
-    "spoil", [spoil_truncated_shard, spoil_missing_shard, spoil_config, spoil_heads, spoil_lacking]
-)
+def test_code_that_a_configuration_names_is_not_run(tmp_path, capsys):
+    source = checkpoint.make(tmp_path / "in", shapes=checkpoint.TINY)
+    (source / "theirs.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
+    change_config(source, model_type="theirs", auto_map={"AutoConfig": "theirs.C", "AutoModelForCausalLM": "theirs.M"})
+    with pytest.raises(ValueError, match="contains custom code"):
+        checkpoint.load_model(source)
+    assert command.main(["diff", "--checkpoint", str(source)]) == 2
+    assert "model_type='theirs'" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_converted_checkpoint_is_not_taken_for_hugging_face_s(tmp_path, capsys):
+    parity.convert(checkpoint.make(tmp_path / "in", shapes=checkpoint.TINY), tmp_path / "out")
+    for arguments in (
+        ["diff", "--checkpoint", str(tmp_path / "out")],
+        ["convert", str(tmp_path / "out"), str(tmp_path / "x")],
+    ):
+        assert command.main(arguments) == 2
+        assert "holds jaxattn's own names" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+UNSOUND = (
+    spoil_truncated_shard, spoil_missing_shard, spoil_config, spoil_heads, spoil_lacking, spoil_nan, spoil_dtype,
+    spoil_float8, spoil_index,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("spoil", UNSOUND)
 @pytest.mark.parametrize("name", ["parity", "generate", "diff", "extract"])
-def test_every_command_says_in_one_line_what_is_wrong_with_a_checkpoint(tmp_path, capsys, name, spoil):
+def test_every_command_gives_one_error_that_says_what_is_wrong_with_a_checkpoint(tmp_path, capsys, name, spoil):
     source = checkpoint.make(tmp_path / "in", shapes=checkpoint.TINY, form="sharded")
     spoil(source)
     arguments = {"parity": [], "extract": ["extract", "--out", str(tmp_path / "layer.pt")]}.get(name, [name])
@@ -306,5 +391,5 @@ def test_every_command_says_in_one_line_what_is_wrong_with_a_checkpoint(tmp_path
     assert command.main([*arguments, "--checkpoint", str(source)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
-    assert len(error.splitlines()) == 1
+    assert all(line.startswith("  missing: ") for line in error.splitlines()[1:])
     assert not (tmp_path / "layer.pt").exists()

@@ -39,7 +39,7 @@ def test_faults_that_cannot_show_in_a_checkpoint_are_planted_in_another_layer(tm
     assert places == {
         "KV heads tiled, not repeated": "tiny llama",
         "accumulator not rescaled": "tiny llama, 80 tokens",
-        "no Llama-3 scaling": "tiny llama",
+        "no RoPE scaling": "tiny llama",
         "RoPE layout swapped": "llama",
         "whole head rotated, not a part": "stablelm (partial)",
         "mask off by one": "llama",

@@ -1,6 +1,9 @@
 """The whole model: logits and greedy tokens equal to Hugging Face's, and a comparison that fails when they
 are not."""
 
+import re
+
+import numpy as np
 import pytest
 
 pytest.importorskip("torch")
@@ -8,6 +11,7 @@ pytest.importorskip("transformers")
 from jaxattn import nn, rope
 from oracle import __main__ as command
 from oracle import checkpoint, parity
+from oracle import llama as reference
 
 
 @pytest.fixture(scope="module")
@@ -24,15 +28,43 @@ def test_logits_and_64_greedy_tokens_of_a_left_padded_batch_are_hugging_face_s(f
 
 @pytest.mark.parametrize("name", ["triton", "loops"])
 def test_slow_implementations_give_the_same_64_greedy_tokens(tmp_path, name):
-    shapes = checkpoint.Shapes(layers=1, vocabulary=32, d_model=16, heads=2, kv_heads=1, head_dim=8, mlp=16)
-    folder = checkpoint.make(tmp_path, shapes=shapes)
+    folder = checkpoint.make(tmp_path, shapes=checkpoint.TINIEST)
     rows = parity.compare_model(folder, "tiny", "float32", parity.implementation(name), tokens=4)
     assert all(row.verdict for row in rows), "\n".join(map(str, rows))
 
 
-def test_bfloat16_logits_follow_the_accuracy_rule(folder):
-    rows = parity.compare_model(folder, "tiny", "bfloat16", "naive", tokens=64)
+def test_bfloat16_logits_follow_the_accuracy_rule_and_clear_choices_are_hugging_face_s(folder, monkeypatch):
+    taken = []
+    monkeypatch.setattr(
+        parity, "_choices", lambda *args, choose=parity._choices: taken.append(choose(*args)) or taken[-1]
+    )
+    rows = parity.compare_model(folder, "tiny", "bfloat16", "naive")
     assert all(row.verdict for row in rows), "\n".join(map(str, rows))
+    assert taken[0].shape == (2, 64)
+    monkeypatch.setattr(parity, "_choices", lambda *args: (taken[0] + 1) % 64)
+    logits, tokens = parity.compare_model(folder, "tiny", "bfloat16", "naive")
+    assert logits.verdict
+    right = re.fullmatch(r"(\d+) tokens differ of (\d+) clear choices", tokens.verdict.reason)
+    assert right[1] == right[2]
+    assert int(right[2]) >= 64  # of 128
+
+
+def test_generation_settings_of_a_checkpoint_do_not_reach_the_comparison(folder):
+    model, ids = checkpoint.load_model(folder), np.arange(5)[None]
+    expected = reference.greedy(model, ids, 12)
+    settings = dict(
+        do_sample=True, eos_token_id=expected[0, :2].tolist(), repetition_penalty=9.0, no_repeat_ngram_size=1
+    )
+    model.generation_config.update(**settings, max_length=7, num_beams=2)
+    np.testing.assert_array_equal(reference.greedy(model, ids, 12), expected)
+    assert model.generation_config.repetition_penalty == 9.0
+
+
+def test_logits_are_compared_on_a_second_device_too(folder):
+    rows = parity.compare_model(folder, "tiny", "float32", "naive", tokens=8, new_tokens=2, device="cpu")
+    assert [row.stage for row in rows] == ["logits", "vs torch on cpu", "greedy tokens"]
+    assert all(row.verdict for row in rows), "\n".join(map(str, rows))
+    assert rows[0].verdict.max_abs == rows[1].verdict.max_abs
 
 
 def test_untied_embeddings_and_biases_agree(tmp_path):

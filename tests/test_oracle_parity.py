@@ -1,6 +1,8 @@
 """The comparison with torch, and that it can fail: every planted fault is caught, and taken out again."""
 
+import argparse
 import contextlib
+import dataclasses
 import json
 import subprocess
 import sys
@@ -73,6 +75,12 @@ def test_a_planted_fault_is_caught_with_a_margin_of_ten_and_taken_out_again(subj
     assert faults._patchable() == before
 
 
+def test_an_error_for_another_reason_is_not_taken_for_the_fault_s(subject, cases):
+    fault = next(fault for fault in FAULTS if fault.raises)
+    with pytest.raises(ValueError, match="misshaped: k_proj"):
+        faults.catch(dataclasses.replace(fault, raises="another"), subject, cases[subject.name], "naive")
+
+
 def test_a_fault_that_changes_nothing_is_not_called_caught(subject, cases):
     nothing = Fault("nothing", contextlib.nullcontext)
     caught = faults.catch(nothing, subject, cases[subject.name], "naive")
@@ -80,8 +88,63 @@ def test_a_fault_that_changes_nothing_is_not_called_caught(subject, cases):
     assert caught.margin < 1
     assert caught.stage is None
     assert not faults.catch(
-        Fault("nothing", contextlib.nullcontext, raises=True), subject, cases[subject.name], "naive"
+        Fault("nothing", contextlib.nullcontext, raises="misshaped"), subject, cases[subject.name], "naive"
     )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_second_device_of_torch_s_is_judged_and_compared(folder, dtype):
+    ids = np.random.default_rng(0).integers(0, 64, (1, 12))
+    where = parity.llama_subject(folder, checkpoint.load_model(folder), ids, name="tiny", device="cpu")
+    case = where.case(dtype)
+    assert np.array_equal(case.second.stages["output"], case.plain_output)
+    rows = parity.compare_devices(where, case, dtype)
+    assert [(row.implementation, row.stage) for row in rows] == [("torch on cpu", stage) for stage in reference.STAGES]
+    rows += parity.compare(dataclasses.replace(where, eager=True), case, dtype, "naive")
+    assert [row.stage for row in rows[-2:]] == ["vs torch layer", "vs torch on cpu"]
+    assert all(row.verdict for row in rows), "\n".join(map(str, rows))
+    far = {name: stage * np.asarray(1.02, stage.dtype) for name, stage in case.second.stages.items()}
+    case = dataclasses.replace(case, second=reference.Second("cpu", far))
+    if dtype == "float32":  # products in TF32 err by about as much
+        assert not any(row.verdict for row in parity.compare_devices(where, case, dtype))
+        rows = parity.compare(dataclasses.replace(where, eager=True), case, dtype, "naive")
+        assert [row.stage for row in rows if not row.verdict] == ["vs torch on cpu"]
+
+
+def test_torch_uses_the_gpu_where_both_have_it_and_says_why_not_elsewhere():
+    found = {(cuda, jax): parity.second_device(cuda, jax) for cuda in (True, False) for jax in ("gpu", "cpu")}
+    assert {key: device for key, (device, _) in found.items() if device} == {(True, "gpu"): "cuda"}
+    assert "this torch sees no CUDA" in found[False, "gpu"][1]
+    assert "JAX sees no GPU" in found[True, "cpu"][1]
+    assert found[False, "cpu"] == (None, "torch on the CPU")
+
+
+def test_the_command_compares_on_the_second_device_and_says_so(layer_file, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "parity.json"
+    monkeypatch.setattr(parity, "second_device", lambda *_: ("cpu", "torch on the CPU and on the CPU"))
+    assert command.main(["--layer-file", str(layer_file), "--tokens", "8", "--json", str(out)]) == 0
+    assert "torch on the CPU and on the CPU" in capsys.readouterr().out.splitlines()[0]
+    content = json.loads(out.read_text())
+    assert content["torch_on"] == "torch on the CPU and on the CPU"
+    assert sum(row["implementation"] == "torch on cpu" for row in content["rows"]) == 2 * len(reference.STAGES)
+    assert sum(row["stage"] == "vs torch on cpu" for row in content["rows"]) == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_stage_equals_torch_s_on_the_gpu(folder, dtype):
+    device, why = command._second_device()
+    if device is None:
+        pytest.skip(why)
+    command._full_float32()
+    ids = np.random.default_rng(0).integers(0, 64, (1, TOKENS))
+    where = parity.llama_subject(folder, checkpoint.load_model(folder), ids, name="tiny", device=device)
+    case = where.case(dtype)
+    rows = parity.compare_devices(where, case, dtype)
+    for name in ("naive", "blockwise", "triton"):
+        rows += parity.compare(where, case, dtype, parity.implementation(name))
+    rows += parity.compare_model(folder, "tiny", dtype, "naive", device=device)
+    assert all(row.verdict for row in rows), "\n".join(map(str, rows))
 
 
 def test_hugging_face_s_layer_is_sound_and_an_unsound_one_is_noticed(folder, subject, monkeypatch):
@@ -161,6 +224,8 @@ def test_the_command_fails_while_a_fault_is_in_place_and_writes_json(layer_file,
         (["extract", "--layer", "7", "--out", "x.pt"], "--layer 7 must be from 0 to 1"),
         (["--layer-file", "nowhere.pt"], "nowhere.pt does not exist"),
         (["--checkpoint", "no/such/checkpoint"], "neither a folder nor a hub id"),
+        (["--checkpoint", "no/such/checkpoint", "diff"], "neither a folder nor a hub id"),
+        (["--json", "no/such/folder.json"], "No such file or directory: 'no/such/folder.json'"),
     ],
 )
 def test_wrong_arguments_give_one_line_and_status_2(folder, arguments, words, capsys):
@@ -168,6 +233,29 @@ def test_wrong_arguments_give_one_line_and_status_2(folder, arguments, words, ca
         arguments = [*arguments, "--checkpoint", str(folder)]
     assert command.main(arguments) == 2
     assert words in capsys.readouterr().err
+
+
+def test_what_is_said_before_a_subcommand_holds_for_it(folder):
+    parse = command._parser().parse_args
+    defaults = {"checkpoint": None, "layer": 0, "tokens": 256}
+
+    def read(*arguments):
+        args = vars(parse(arguments, argparse.Namespace(**defaults)))
+        return {name: args[name] for name in defaults}
+
+    expected = {"checkpoint": "c", "layer": 2, "tokens": 9}
+    options = ["--checkpoint", "c", "--layer", "2", "--tokens", "9"]
+    assert read(*options, "diff") == read("diff", *options) == read(*options) == expected
+    assert read("diff") == read("extract", "--out", "x") == defaults
+
+
+@pytest.mark.parametrize("number", ["0", "-3", "many"])
+def test_numbers_of_tokens_that_are_none_are_refused(number, capsys):
+    for arguments in (["--tokens", number], ["diff", "--tokens", number], ["generate", "--new-tokens", number]):
+        with pytest.raises(SystemExit) as error:
+            command.main(arguments)
+        assert error.value.code == 2
+        assert "must be a whole number of at least 1" in capsys.readouterr().err
 
 
 def test_weights_are_read_by_jaxattn_from_the_checkpoint_s_own_files(folder, subject):
