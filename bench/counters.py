@@ -212,8 +212,15 @@ def run_case(case: str) -> None:
     compiled = jax.jit(fn).lower(*arguments).compile()
     for _ in range(3):
         jax.block_until_ready(compiled(*arguments))
-    driver = ctypes.CDLL("libcuda.so.1")
-    driver.cuProfilerStart()
+    driver, device, context = ctypes.CDLL("libcuda.so.1"), ctypes.c_int(), ctypes.c_void_p()
+    for code in (  # JAX leaves no context current on this thread, and the profiler wants one: the one that JAX uses
+        driver.cuDeviceGet(ctypes.byref(device), 0),
+        driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device),
+        driver.cuCtxSetCurrent(context),
+        driver.cuProfilerStart(),
+    ):
+        if code:
+            raise RuntimeError(f"CUDA's profiler did not start: error {code}")
     jax.block_until_ready(compiled(*arguments))
     driver.cuProfilerStop()
 
@@ -228,8 +235,8 @@ def count(case: str, flush: bool) -> list[Launch]:
         command += ["--log-file", str(log), sys.executable, "-m", "bench.counters", "--run", case]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         text = log.read_text() if log.exists() else ""
-        if done.returncode and '"ID"' not in text:
-            raise RuntimeError(f"ncu failed on {case}: {(text + done.stderr).strip()[-1500:]}")
+        if '"ID"' not in text:
+            raise RuntimeError(f"ncu failed on {case}: {(text + done.stdout + done.stderr).strip()[-1500:]}")
         return parse(text)
 
 

@@ -4,12 +4,14 @@ import dataclasses
 import functools
 import json
 import sys
+import time
 import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.interpreters import mlir
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tolerance import assert_close
@@ -168,6 +170,18 @@ def test_keys_that_no_query_reads_may_hold_nan(function, mask):
     assert_close(function(TINY, q, k, v, bias, mask), expected, "same")
 
 
+def test_a_mask_too_large_for_offsets_of_32_bits_is_read_in_two_bytes_an_element(monkeypatch):
+    x = jax.ShapeDtypeStruct((1, 65536, 1, 16), "bfloat16")
+    array = jax.ShapeDtypeStruct((1, 1, 65536, 65536), "bool")
+    attend = functools.partial(dot_product_attention, implementation=Triton(platform="cuda", splits=1))
+    assert "f16[1,1,65536,65536]" in str(jax.make_jaxpr(lambda q, array: attend(q, q, q, mask=array))(x, array))
+    monkeypatch.setattr(triton, "_SHORT_OFFSETS", 0)
+    q, k, v = operands(1, 20, 40, 1, 1, 16)
+    mask, implementation = ~Dense(random(1, 1, 20, 40) < 0.5) & Causal(7), dataclasses.replace(TINY, splits=1)
+    assert "f16[1,1,20,40]" in str(jax.make_jaxpr(lambda mask: attention(implementation, q, k, v, mask=mask))(mask))
+    assert_close(attention(implementation, q, k, v, mask=mask), attention("naive", q, k, v, mask=mask))
+
+
 def test_rows_past_the_end_add_nothing_under_a_large_bias():
     q, k, v = operands(1, 17, 16, 1, 1, 16)
     actual = gradients(TINY, q, k, v, np.full((1, 1), 1e3, np.float32))
@@ -232,6 +246,46 @@ def test_lowers_for_cuda_without_a_gpu():
         assert kernel in text
 
 
+def test_every_kind_of_mask_lowers_for_cuda():
+    x = jax.ShapeDtypeStruct((2, 64, 2, 16), "float16")
+    ids, lengths = np.zeros((2, 64), np.int32), np.array([7, 40], np.int32)
+    arrays = [SegmentIds(ids), Lengths(lengths, lengths), Dense(np.ones((2, 2, 64, 64), bool)), Causal(lengths)]
+    static = [Window(9, 3), Dilated(3), ~Window(4, 4) | Global((0, 40)), RandomBlocks(8, 2, 8)]
+
+    def run(q, masks):
+        attend = functools.partial(dot_product_attention, q, q, q, implementation=Triton(platform="cuda"))
+        return [attend(mask=mask) for mask in (*masks, *static)]
+
+    target = targets.get("h200")
+    text = program.trace(run, (x, arrays), target).lower_for_cuda(target).as_text()
+    assert text.count("attention_forward") >= len(arrays) + len(static)
+
+
+def test_no_other_warning_is_silenced(monkeypatch):
+    original, backend = mlir.lower_fun, "The Pallas Triton backend is deprecated and will be removed"
+
+    def lower_fun(*arguments, **options):  # warns as the backend does since jax 0.11, on every jax
+        lower = original(*arguments, **options)
+
+        def rule(*operands):
+            warnings.warn(backend, DeprecationWarning, stacklevel=2)
+            warnings.warn("another", DeprecationWarning, stacklevel=2)
+            return lower(*operands)
+
+        return rule
+
+    monkeypatch.setattr(mlir, "lower_fun", lower_fun)
+    q, k, v = operands(1, 16, 16, 1, 1, 16)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        filters = list(warnings.filters)
+        lowered_for_cuda(Triton(platform="cuda"), q, k, v)
+        assert warnings.filters == filters
+        warnings.warn(backend, DeprecationWarning, stacklevel=2)  # of a kernel that is not ours
+    said = [str(warning.message) for warning in caught]
+    assert said == ["another"] * 3 + [backend]  # forward, dq, dkv
+
+
 def lowered_for_cuda(implementation, q, k, v, bias=None, mask=None, **options):
     def loss(q, k, v, bias):
         return dot_product_attention(q, k, v, bias, mask, implementation=implementation, **options).sum()
@@ -260,22 +314,29 @@ def wheels_missing() -> str:
 needs_wheels = pytest.mark.skipif(bool(wheels_missing()), reason=wheels_missing())
 
 
+def shipped_tilings():
+    """16 bits on 9.0 and 8.0 in the ordinary run, the rest with the slow tests."""
+    for device in tune.TARGETS:
+        for dtype in ("bfloat16", "float16", "float32"):
+            slow = device == "8.9" or dtype == "float32"
+            yield pytest.param(device, dtype, marks=[pytest.mark.slow] if slow else [])
+
+
 @needs_wheels
-@pytest.mark.parametrize("head_dims", [(64, 128), pytest.param((256,), marks=pytest.mark.slow)], ids=str)
-@pytest.mark.parametrize("device", tune.TARGETS)
-def test_shipped_tilings_use_tensor_cores_and_spill_nothing(device, head_dims):
-    facts = tune.compile_facts(device, [job for job in tune.shipped(device) if job.head_dim in head_dims])
-    assert len(facts) == len(tune.KERNELS) * len(head_dims)
+@pytest.mark.parametrize(("device", "dtype"), list(shipped_tilings()))
+def test_shipped_tilings_use_tensor_cores_and_spill_nothing(device, dtype):
+    facts = tune.compile_facts(device, tune.shipped(device, dtype))
+    assert len(facts) == len(tune.KERNELS) * len(tune.HEAD_DIMS)
     assert not [fact for fact in facts if not tune.survives(fact)]
 
 
 @needs_wheels
 @pytest.mark.slow
-@pytest.mark.parametrize("device", tune.TARGETS)
+@pytest.mark.parametrize(("device", "dtype"), tune.TABLES)
 @pytest.mark.parametrize("key", tune.SPACE, ids=str)
-def test_compile_facts_are_those_committed(device, key):
-    facts = tune.compile_facts(device, [tune.Job(*key, tune.space(*key))])
-    committed = [x for x in tune.read(tune.FACTS) if (x["device"], x["kernel"], x["head_dim"]) == (device, *key)]
+def test_compile_facts_are_those_committed(device, key, dtype):
+    facts = tune.compile_facts(device, [tune.Job(*key, tune.space(*key, dtype), dtype)])
+    committed = [x for x in tune.read(tune.FACTS) if tune.key_of(x) == (device, *key, dtype)]
     assert [x["tiling"] for x in facts] == [x["tiling"] for x in committed]
     assert [tune.survives(x) for x in facts] == [tune.survives(x) for x in committed]
 
@@ -283,7 +344,23 @@ def test_compile_facts_are_those_committed(device, key):
 def test_the_table_holds_what_the_rule_picks_from_the_committed_facts():
     table = [row for row in tune.read(tune.TABLE) if row["device"] in tune.TARGETS]
     assert table == tune.pick(tune.read(tune.FACTS))
-    assert len(table) == len(tune.TARGETS) * len(tune.SPACE)
+    assert len(table) == len(tune.TABLES) * len(tune.SPACE)
+
+
+@pytest.mark.parametrize(
+    ("capability", "rows"),
+    [(8.0, "8.0"), (8.6, "8.9"), (8.7, "8.0"), (8.9, "8.9"), (9.0, "9.0"), (10.3, "9.0"), (12.0, "8.9")],
+)
+def test_a_gpu_takes_the_rows_of_one_with_as_little_shared_memory(capability, rows):
+    assert triton.tuned_capability(capability) == rows
+
+
+def test_shipped_tilings_fit_the_shared_memory_of_a_block():
+    facts = {(*tune.key_of(x), *x["tiling"]): x["shared_bytes"] for x in tune.read(tune.FACTS)}
+    table = [row for row in tune.read(tune.TABLE) if row["device"] in tune.TARGETS]
+    for row in table:
+        limit = targets.get(tune.TARGETS[row["device"]]).shared_bytes_per_block
+        assert 0 < facts[(*tune.key_of(row), *row["tiling"])] <= limit
 
 
 @needs_wheels
@@ -300,28 +377,36 @@ def test_forward_with_a_static_mask_needs_no_temporaries():
 
 def test_a_measured_row_of_the_table_goes_before_the_rule(tmp_path, monkeypatch):
     rows = [
-        {"device": "9.0", "kernel": "forward", "head_dim": 128, "tiling": [64, 64, 4, 2]},
-        {"device": "9.0", "kernel": "forward", "head_dim": 64, "tiling": [64, 32, 4, 2]},
+        {"device": "9.0", "head_dim": 128, "dtype": "bfloat16", "tiling": [64, 64, 4, 2]},
+        {"device": "9.0", "head_dim": 64, "dtype": "bfloat16", "tiling": [64, 32, 4, 2]},
+        {"device": "9.0", "head_dim": 64, "dtype": "float32", "tiling": [32, 32, 4, 1]},
         {
             "device": "h100",
-            "kernel": "forward",
             "head_dim": 64,
+            "dtype": "bfloat16",
             "masked": True,
             "long": True,
             "tiling": [128, 32, 4, 2],
         },
+        {"device": "9.0", "head_dim": 64, "dtype": "float16", "tiling": [64, 16, 4, 2]},
     ]
+    rows = [row | {"kernel": "forward"} for row in rows]
     monkeypatch.setattr(triton, "_TABLE", tmp_path / "table.json")
     triton._TABLE.write_text(json.dumps(rows))
     here = ("h100", "9.0")
     assert triton.default_tiling("forward", 40, "bfloat16", True, 4096, here) == Tiling(128, 32, 4, 2)
     assert triton.default_tiling("forward", 40, "bfloat16", False, 4096, here) == Tiling(64, 32, 4, 2)
     assert triton.default_tiling("forward", 40, "bfloat16", True, 512, here) == Tiling(64, 32, 4, 2)
-    assert triton.default_tiling("forward", 96, "float16", True, 4096, here) == Tiling(64, 64, 4, 2)
+    assert triton.default_tiling("forward", 96, "bfloat16", True, 4096, here) == Tiling(64, 64, 4, 2)
+    assert triton.default_tiling("forward", 64, "float32", True, 4096, here) == Tiling(32, 32, 4, 1)
+    assert triton.default_tiling("forward", 64, "float16", False, 4096, here) == Tiling(64, 16, 4, 2)
+    # of the other dtype of 16 bits where this one has no row
+    assert triton.default_tiling("forward", 64, "float16", True, 4096, here) == Tiling(128, 32, 4, 2)
+    assert triton.default_tiling("forward", 96, "float16", False, 4096, here) == Tiling(64, 64, 4, 2)
 
 
 def test_the_rule_drops_what_spills_serializes_or_leaves_the_tensor_cores():
-    fine = {"device": "9.0", "kernel": "forward", "head_dim": 64, "tiling": [128, 64, 4, 3]}
+    fine = {"device": "9.0", "kernel": "forward", "head_dim": 64, "dtype": "bfloat16", "tiling": [128, 64, 4, 3]}
     fine |= {"wgmma": 16, "mma": 0, "spilled_bytes": 0, "serialized": False, "blocks_per_core": 2}
     bad = ({"wgmma": 0, "mma": 8}, {"spilled_bytes": 4}, {"serialized": True}, {"blocks_per_core": 0})
     larger = fine | {"tiling": [128, 128, 8, 2]}
@@ -334,11 +419,21 @@ def test_the_rule_drops_what_spills_serializes_or_leaves_the_tensor_cores():
 @pytest.mark.slow
 @pytest.mark.parametrize("kernel", ["forward", "dq", "dkv"])
 def test_tuning_times_a_right_kernel_and_not_a_wrong_one(kernel, monkeypatch):
-    shape = (1, 32, 16)
-    assert 0 < tune.milliseconds(kernel, TINY, Causal(), shape, repeats=1) < float("inf")
+    measure = functools.partial(tune.measure_tilings, kernel, [_TILING], Causal(), (2, 32, 16), interpret=True)
+    assert 0 < measure(time.monotonic() + 600)[_TILING] < float("inf")
+    assert not measure(time.monotonic() - 1)
     monkeypatch.setattr(triton._Tile, "factor", 1.0)
-    wrong = dataclasses.replace(TINY, splits=1)  # another value, so that it is traced anew
-    assert tune.milliseconds(kernel, wrong, Causal(), shape, repeats=1) == float("inf")
+    jax.clear_caches()
+    assert measure(time.monotonic() + 600)[_TILING] == float("inf")
+
+
+@pytest.mark.slow
+def test_both_orders_of_tiles_are_right_and_are_timed():
+    rows = tune.orders([("forward", _TILING), ("dq", _TILING), ("dkv", _TILING)], (2, 32, 16), interpret=True)
+    assert [row["kernel"] for row in rows] == ["forward", "dq", "dkv"]
+    for row in rows:
+        assert 0 < row["partial_first_ms"] < float("inf")
+        assert 0 < row["full_first_ms"] < float("inf")
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="says what happens on a CPU")

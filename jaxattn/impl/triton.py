@@ -24,6 +24,8 @@ import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
+from jax.extend import core
+from jax.interpreters import mlir
 
 from jaxattn import online_softmax, tiles
 from jaxattn.impl.base import Implementation, Problem, dot_precision
@@ -35,6 +37,7 @@ _MAX_HEAD_DIM = 256
 _SHORT = 1024  # queries; the tuning table has one row for up to so many and one for more
 _DECODE_ROWS = 32  # at most so many query rows make a decoding tile
 _TABLE = Path(__file__).with_name("triton_table.json")
+_SHORT_OFFSETS, _WIDE_BOOL = 2**31, jnp.float16  # no other leaf of a mask is float16
 _L2_SHARE_BYTES = 16 << 20  # keys and values that programs running together may re-read: a third of an H100's L2
 
 
@@ -114,7 +117,7 @@ class Triton(Implementation):
         _, T, _, _, _, G = problem.sizes
         head_dim, masked = max(key.shape[-1], problem.value.shape[-1]), not isinstance(problem.mask, Full)
         forward, dq, dkv = [
-            default_tiling(kernel, head_dim, key.dtype, masked, T, _device_names())
+            default_tiling(kernel, head_dim, key.dtype, masked, T, device_names())
             for kernel in ("decode" if T * G <= _DECODE_ROWS else "forward", "dq", "dkv")
         ]
         config = _Config(
@@ -142,14 +145,15 @@ def default_tiling(
 ) -> Tiling:
     """The tiling that a kernel takes where none is given.
 
-    Of the rows of `triton_table.json` that fit, the one for the first of `devices`, then for the smallest head dim.
-    The table is written by `python -m bench tune`: rows for a compute capability are picked by a rule from what the
-    compiler says of each tiling, rows for a device by name were measured on it.
+    Of the rows of `triton_table.json` that fit, the one for the first of `devices`, then for this dtype rather than
+    the other one of 16 bits, then for the smallest head dim. The table is written by `python -m bench tune`: rows for
+    a compute capability are picked by a rule from what the compiler says of each tiling, rows for a device by name
+    were measured on it.
 
     Args:
       kernel: "forward", "dq", "dkv", or "decode", the forward kernel where all query rows fit a small tile.
       head_dim: the larger of the key's and the value's.
-      dtype: of the operands. float32, which has no tensor cores here, has tilings of its own.
+      dtype: of the operands.
       masked: whether there is any mask.
       length: number of queries.
       devices: names to look for, as "h100" or a compute capability, most wanted first.
@@ -158,18 +162,33 @@ def default_tiling(
       >>> default_tiling("decode", 64, "bfloat16").block_q
       16
     """
-    if jnp.dtype(dtype).itemsize == 4:
-        return Tiling(16 if kernel == "decode" else 64 if head_dim <= 128 else 32, 32 if head_dim <= 128 else 16, 4, 2)
-    wanted = {"kernel": kernel, "masked": masked, "long": length > _SHORT}
+    dtype, wanted = jnp.dtype(dtype), {"kernel": kernel, "masked": masked, "long": length > _SHORT}
+    devices = (*devices, "8.9")  # what fits into its shared memory fits into every GPU's
     fitting = [
         row
         for row in json.loads(_TABLE.read_text())
         if row["device"] in devices
         and row["head_dim"] >= head_dim
+        and jnp.dtype(row["dtype"]).itemsize == dtype.itemsize
         and all(row.get(name, value) == value for name, value in wanted.items())
     ]
-    best = min(fitting, key=lambda row: (devices.index(row["device"]), row["head_dim"], -len(row)))
+    best = min(fitting, key=lambda row: (devices.index(row["device"]), row["dtype"] != dtype.name, row["head_dim"]))
     return Tiling(*best["tiling"])
+
+
+def tuned_capability(capability: float) -> str:
+    """The compute capability whose rows of the table a GPU takes where none are its own.
+
+    By the shared memory of a block: 9.0's rows take up to 227 KiB (9.x to 11.x), 8.0's up to 163 KiB, 8.9's up to 99
+    KiB (8.6, 8.9, 12.x).
+
+    Example:
+      >>> tuned_capability(12.0)
+      '8.9'
+    """
+    if capability in (8.6, 8.9) or capability >= 12:
+        return "8.9"
+    return "9.0" if capability >= 9 else "8.0"
 
 
 def _backend():
@@ -177,16 +196,13 @@ def _backend():
     return importlib.import_module("jax.experimental.pallas.triton")
 
 
-def _device_names() -> tuple[str, ...]:
-    """The device here and its compute capability, as the tuning table has them.
-
-    10.x takes 9.0's rows; 12.x has as little shared memory as 8.6 and takes 8.0's.
-    """
+def device_names() -> tuple[str, ...]:
+    """The device here and its compute capability, as the tuning table has them; an H100's where there is no GPU."""
     if jax.default_backend() != "gpu":
         return ("9.0",)
     device = jax.local_devices()[0]
     kind = device.device_kind.lower().replace("-", " ").split()
-    return *(word for word in kind if any(map(str.isdigit, word))), "9.0" if 9 <= _capability(device) < 12 else "8.0"
+    return *(word for word in kind if any(map(str.isdigit, word))), tuned_capability(_capability(device))
 
 
 def _capability(device) -> float:
@@ -374,6 +390,11 @@ class _Tile:
     def _plain(self) -> bool:
         return not self.has_bias and self.config.soft_cap is None and self.config.scale > 0
 
+    def in_order(self, visits):
+        """The tiles' columns, and whether they are masked: in this order the longer loop's products overlap on 9.0."""
+        partial, full = visits
+        return (partial, True), (full, False)
+
     def row_of_plan(self, group):
         return group if self.layout.plan_axis == "n" else self.key_head(group)
 
@@ -400,7 +421,12 @@ class _Tile:
 
     def allowed(self, mask: Mask, b, n, t, s, row_there, key_there):
         """Which logits of the tile count."""
-        allowed = mask.allows(t, s, functools.partial(_take, b, n))
+
+        def gather(ref, t=None, s=None):
+            value = _take(b, n, ref, t, s)
+            return value != 0 if value.dtype == _WIDE_BOOL else value
+
+        allowed = mask.allows(t, s, gather)
         allowed = jnp.broadcast_to(allowed, np.broadcast_shapes(t.shape, s.shape))
         allowed = _and(allowed, key_there)
         return _and(allowed, row_there) if self.layout.clears else allowed
@@ -531,7 +557,7 @@ def _forward_kernel(q_ref, k_ref, v_ref, bias_ref, mask, visits, out_ref, lse_re
     k_head, c = tile.key_head(group), tile.factor
     q = _load_heads(q_ref, b, t, n, there)
 
-    def visit(columns, masked, state):
+    def visit(state, columns, masked):
         if columns is None:
             return state
         first, stop, column = _walk(columns, b, tile.row_of_plan(group), i, part, pl.num_programs(3))
@@ -555,9 +581,10 @@ def _forward_kernel(q_ref, k_ref, v_ref, bias_ref, mask, visits, out_ref, lse_re
         return lax.fori_loop(first, stop, body, state)
 
     h, inside = _head(v_ref.shape[-1])
-    state = online_softmax.start((tile.tiling.block_q,), h.shape[1])
-    partial, full = visits  # in this order the compiler overlaps the products of the longer loop
-    m, l, o = visit(full, False, visit(partial, True, tuple(state)))
+    state = tuple(online_softmax.start((tile.tiling.block_q,), h.shape[1]))
+    for columns, masked in tile.in_order(visits):
+        state = visit(state, columns, masked)
+    m, l, o = state
     absent = l == 0
     total = jnp.where(absent, 1, l)
     _store(out_ref, (part, b, t, n, h), o / total[:, None], _and(there, inside))
@@ -593,7 +620,7 @@ def _dq_kernel(q_ref, k_ref, v_ref, bias_ref, mask, d_out_ref, lse_ref, delta_re
     q, d_out = [_load_heads(ref, b, t, n, there) for ref in (q_ref, d_out_ref)]
     lse, delta = _load(lse_ref, (b, t, n), there, jnp.inf), _load(delta_ref, (b, t, n), there)
 
-    def visit(columns, masked, dq):
+    def visit(dq, columns, masked):
         if columns is None:
             return dq
         first, stop, column = _walk(columns, b, tile.row_of_plan(group), i, 0, np.int32(1))
@@ -611,8 +638,9 @@ def _dq_kernel(q_ref, k_ref, v_ref, bias_ref, mask, d_out_ref, lse_ref, delta_re
 
         return lax.fori_loop(first, stop, body, dq)
 
-    partial, full = visits
-    dq = visit(full, False, visit(partial, True, jnp.zeros(q.shape)))
+    dq = jnp.zeros(q.shape)
+    for columns, masked in tile.in_order(visits):
+        dq = visit(dq, columns, masked)
     h, inside = _head(q_ref.shape[-1])
     _store(dq_ref, (b, t, n, h), dq * tile.config.scale, _and(there, inside))
 
@@ -626,7 +654,7 @@ def _dkv_kernel(
     k, v = [_load_heads(ref, b, s, k_head, inside) for ref in (k_ref, v_ref)]
     repeats = G // tile.heads  # a group too large for one tile is visited piece by piece
 
-    def visit(columns, masked, state):
+    def visit(state, columns, masked):
         if columns is None:
             return state
         first, stop, column = _walk(columns, b, k_head, j, 0, np.int32(1), repeats)
@@ -645,9 +673,10 @@ def _dkv_kernel(
 
         return lax.fori_loop(first, stop, body, state)
 
-    partial, full = visits
-    state = visit(partial, True, (jnp.zeros(k.shape), jnp.zeros(v.shape)))
-    for ref, value, scale in zip((dk_ref, dv_ref), visit(full, False, state), (tile.config.scale, 1), strict=True):
+    state = jnp.zeros(k.shape), jnp.zeros(v.shape)
+    for columns, masked in tile.in_order(visits):
+        state = visit(state, columns, masked)
+    for ref, value, scale in zip((dk_ref, dv_ref), state, (tile.config.scale, 1), strict=True):
         h, real = _head(ref.shape[-1])
         _store(ref, (b, s, k_head, h), value * scale, _and(inside, real))
 
@@ -749,21 +778,42 @@ def _d_bias(config: _Config, layout: _Layout, query, key, value, bias, mask, d_o
 
 def _call(kernel, tile: _Tile, grid, outputs, operands, name: str):
     tiling = tile.tiling
-    # Raised when the kernel is lowered, later than here; the filter holds for this one message.
-    warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
-    return pl.pallas_call(
+    call = pl.pallas_call(
         kernel,
         out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in outputs],
         grid=grid,
         compiler_params=_backend().CompilerParams(num_warps=tiling.num_warps, num_stages=tiling.num_stages),
         interpret=tile.config.interpret,
         name=f"{name}_{tiling.block_q}x{tiling.block_k}_{tiling.num_warps}w{tiling.num_stages}s_h{operands[0].shape[-1]}",
-    )(*operands)
+    )
+    return _kernel_call.bind(*jax.tree.leaves(operands), jaxpr=jax.make_jaxpr(call)(*operands))
+
+
+def _lower(context, *operands, jaxpr):
+    """The backend's deprecation is told when a kernel is lowered, where no code of this library is on the stack."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
+        return mlir.lower_fun(core.jaxpr_as_fun(jaxpr), multiple_results=True)(context, *operands)
+
+
+_kernel_call = core.Primitive("kernel_call")
+_kernel_call.multiple_results = True
+_kernel_call.def_impl(lambda *operands, jaxpr: core.jaxpr_as_fun(jaxpr)(*operands))
+_kernel_call.def_abstract_eval(lambda *_, jaxpr: jaxpr.out_avals)
+mlir.register_lowering(_kernel_call, _lower)
 
 
 def _with_axes(mask: Mask) -> Mask:
-    """Numbers become arrays [1], which `_take` reads as it reads [B]."""
-    return jax.tree.map(lambda leaf: jnp.reshape(leaf, (1,)) if jnp.ndim(leaf) == 0 else jnp.asarray(leaf), mask)
+    """Numbers become arrays [1], which `_take` reads as it reads [B].
+
+    The backend's offsets have 32 bits and a sign up to 2**32 bytes: too few for more than 2**31 elements of one byte.
+    """
+
+    def with_axes(leaf):
+        leaf = jnp.reshape(leaf, (1,)) if jnp.ndim(leaf) == 0 else jnp.asarray(leaf)
+        return leaf.astype(_WIDE_BOOL) if leaf.dtype == bool and _SHORT_OFFSETS < leaf.size <= 2**32 else leaf
+
+    return jax.tree.map(with_axes, mask)
 
 
 def _sizes(query, key) -> tuple[int, int, int, int, int, int]:
