@@ -62,6 +62,7 @@ CALLS = {
     "window alone": {"local_window_size": (2, 3)},
     "window of one int": {"local_window_size": 1, "is_causal": True},
     "window of later keys": {"local_window_size": (-1, 3)},
+    "window of an array": {"local_window_size": np.array([2, 3])},
     "1-D mask": {"mask": choice(S)},
     "1-D bias": {"bias": noise((S,))},
     "integer bias": {"bias": np.arange(T * S).reshape(T, S) % 3},
@@ -91,6 +92,17 @@ def test_agrees_with_jax_nn(call):
     for name, (_, lse) in ours.items():
         assert name == "xla" or np.all(np.asarray(lse)[absent] == -np.inf)
         assert_close({name: np.where(absent, 0, lse)}, {name: np.where(absent, 0, their_lse)})
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=str)
+def test_a_window_may_be_traced(implementation):
+    @jax.jit
+    def run(window, *operands):
+        ours = dot_product_attention(*operands, local_window_size=window, implementation=implementation)
+        return ours, jax.nn.dot_product_attention(*operands, local_window_size=window)
+
+    for window in ((2, 3), (-1, 3)):
+        assert_close(*run(window, *operands()))
 
 
 @pytest.mark.parametrize("shape", [(0, T, S), (B, 0, S), (B, T, 0)], ids=str)
