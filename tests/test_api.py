@@ -11,10 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from tolerance import assert_close
 
 import jaxattn
-from jaxattn import Blockwise, Causal, Implementation, Naive, attention_weights, dot_product_attention, explain
+from jaxattn import (
+    Blockwise,
+    Causal,
+    Implementation,
+    Naive,
+    SegmentIds,
+    attention_weights,
+    dot_product_attention,
+    explain,
+)
 
 B, T, S, N, K, H = 2, 7, 9, 4, 2, 8
 IMPLEMENTATIONS = ["naive", Blockwise(block_q=4, block_k=4), "xla"]
@@ -398,6 +409,32 @@ def test_naive_has_forward_mode_and_hessian():
     assert_close(forward, (gradient(q) * tangent).sum(), "gradient")
     difference = (gradient(q + step * tangent) - gradient(q - step * tangent)) / (2 * step)
     assert np.abs(product - difference).max() < 1e-2 * np.abs(product).max()
+
+
+@pytest.mark.parametrize("implementation", ["loops", "naive", "xla"])
+def test_batch_and_heads_sharded_over_eight_devices_need_no_collective(implementation):
+    batch, length, heads = 4, 6, 4
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    rows, columns = NamedSharding(mesh, P("data", None, "model")), NamedSharding(mesh, P("data"))
+    arrays = [noise((batch, length, heads, H), seed) for seed in range(3)]
+    ids = np.sort(np.random.default_rng(0).integers(0, 3, (batch, length)))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(implementation, ids, *arrays):
+        def f(*x):
+            return dot_product_attention(*x, mask=SegmentIds(ids), is_causal=True, implementation=implementation)
+
+        out, pullback = jax.vjp(f, *arrays)
+        return out, pullback(out)
+
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(ids, columns), *(jax.device_put(x, rows) for x in arrays)
+        program = run.lower(implementation, *sharded).compile()
+        module, result = program.as_text(), program(*sharded)
+    names = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+    assert not [name for name in names if f"{name}(" in module or f"{name}-start(" in module]
+    assert result[0].sharding.is_equivalent_to(rows, 4)
+    assert_close(jax.device_get(result), jax.device_get(run("naive", ids, *arrays)), "gradient")
 
 
 @pytest.mark.parametrize("implementation", ["naive", "blockwise"])
