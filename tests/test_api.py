@@ -438,16 +438,25 @@ def test_batch_and_heads_sharded_over_eight_devices_need_no_collective(implement
 
 
 @pytest.mark.parametrize("implementation", ["naive", "blockwise"])
-def test_export_with_symbolic_batch(implementation):
+def test_export_with_symbolic_batch_and_naive_with_symbolic_lengths_too(implementation):
     b, t, s = export.symbolic_shape("b, t, s")
     t, s = (t, s) if implementation == "naive" else (T, S)
     shapes = [jax.ShapeDtypeStruct(x, "float32") for x in ((b, t, N, H), (b, s, K, H), (b, s, K, H))]
+    lengths = jax.ShapeDtypeStruct((b,), "int32")
 
-    def f(q, k, v):
-        return dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
+    @jax.jit
+    def run(lengths, *operands):
+        def f(*x):
+            return dot_product_attention(
+                *x, is_causal=True, key_value_seq_lengths=lengths, implementation=implementation
+            )
 
-    exported = export.export(jax.jit(f))(*shapes)
-    assert_close(exported.call(*operands()), jax.jit(f)(*operands()))
+        out, pullback = jax.vjp(f, *operands)
+        return out, pullback(out)
+
+    exported = export.export(run)(lengths, *shapes)
+    arguments = np.array([3, S], np.int32), *operands()
+    assert_close(exported.call(*arguments), run(*arguments), "gradient")
 
 
 def test_equal_masks_share_one_compilation():
