@@ -65,7 +65,8 @@ def dot_product_attention(
       is_causal: query t sees keys s <= t (top-left, also where T != S; `mask=Causal(S - T)` is bottom-right).
       query_seq_lengths: int array [B]; queries at or after it attend nothing.
       key_value_seq_lengths: int array [B]; keys at or after it are masked.
-      local_window_size: (left, right), both ends included, or one int for both sides; negative ones count too.
+      local_window_size: (left, right), both ends included, or one int for both sides; negative ones count too, and
+        both may be traced.
       logits_soft_cap: cap, in units of the logits; None for none.
       implementation: None to choose, a name ("loops", "naive", "blockwise", "triton", "xla", "cudnn"), or an object
         that carries its tuning, such as `Blockwise(block_q=512, block_k=1024)`.
@@ -348,8 +349,12 @@ def _lengths(name: str, lengths, B):
     return lengths
 
 
-def _window(size) -> tuple[int, int]:
-    pair = tuple(size) if isinstance(size, (tuple, list)) else (size, size)
-    if len(pair) != 2 or not all(isinstance(x, (int, np.integer)) for x in pair):
+def _window(size) -> tuple:
+    is_pair = isinstance(size, (tuple, list)) or np.ndim(size)
+    pair = tuple(size) if is_pair else (size, size)
+    if len(pair) != 2 or not all(
+        isinstance(x, int) or (hasattr(x, "dtype") and x.shape == () and jnp.issubdtype(x.dtype, jnp.integer))
+        for x in pair
+    ):
         raise ValueError(f"local_window_size={size!r} must be an int, or a pair (left, right) of them")
     return pair

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 _LARGEST = 2**30  # of a number in a mask: indices are int32, and their sum with it must be one too
@@ -46,8 +47,13 @@ def gather(array, t=None, s=None):
         return array.reshape(array.shape + (1,) * (4 - lead)) if lead else array
     xp = _module(array, *indices)
     clipped = [xp.clip(i, 0, n - 1) for i, n in zip(indices, array.shape[lead:], strict=True)]
-    if len(indices) == 2 and all(i.ndim == 2 for i in indices):  # [T, 1] and [1, S]: whole rows, then columns
-        return xp.take(xp.take(array, clipped[0][:, 0], axis=-2), clipped[1][0], axis=-1)
+    if (t is None or t.shape[1:] == (1,)) and (s is None or s.shape[:-1] == (1,)):  # [T, 1] and [1, S]
+        # An axis at a time leaves the leading ones as they are: on the devices that hold them.
+        for axis, i in zip(range(-len(indices), 0), clipped, strict=True):
+            array = xp.take(array, i.ravel(), axis=axis)
+        if len(indices) == 1:
+            array = xp.expand_dims(array, -1 if s is None else -2)
+        return array.reshape(*array.shape[:lead], *(1,) * (2 - lead), *array.shape[-2:]) if lead else array
     leading = [
         xp.arange(n).reshape((1,) * axis + (n,) + (1,) * (3 - axis)) for axis, n in enumerate(array.shape[:lead])
     ]
@@ -97,7 +103,7 @@ class Mask:
         partial, never otherwise; combinations of masks that depend on t - s alone are exact too. A mask that does not
         say calls every tile partial.
         """
-        return np.full(np.broadcast_shapes(t.start.shape, s.start.shape), PARTIAL, np.int8)
+        return np.full((1, 1), PARTIAL, np.int8)
 
     def shift(self, offset) -> Mask:
         """The mask that treats query t as query t + offset: an int, or an int array of shape [] or [B]."""
@@ -240,12 +246,13 @@ def _number(value, name: str):
             )
         return value
     try:
-        return _integer(value, name)
+        return integer(value, name)
     except ValueError as error:
         raise ValueError(f"{error}, or an integer array of shape [] or [B]") from None
 
 
-def _integer(value, name: str, least: int = -_LARGEST) -> int:
+def integer(value, name: str, least: int = -_LARGEST) -> int:
+    """The value as an int; ValueError with its name where it is none from `least` to 2**30."""
     try:
         number = operator.index(value)
     except TypeError:
@@ -310,6 +317,9 @@ class Causal(Mask):
 class Window(Mask):
     """t - left <= s <= t + right, both ends included; None leaves that side open.
 
+    Args:
+      left, right: an int, or an int array of shape [] or [B].
+
     Source: Beltagy et al., Longformer (2020), section 3.1, sliding window.
 
     Example:
@@ -319,37 +329,31 @@ class Window(Mask):
       .##
     """
 
-    left: int | None
-    right: int | None
+    left: Any
+    right: Any
 
     def __post_init__(self):
         for name in ("left", "right"):
             value = getattr(self, name)
-            if value is not None:
-                object.__setattr__(self, name, _integer(value, f"Window {name}"))
+            object.__setattr__(self, name, None if value is None else _number(value, f"Window {name}"))
 
     def allows(self, t, s, take=gather):
         allowed = _broadcast_true(t, s)
         if self.left is not None:
-            allowed = allowed & (s >= t - self.left)
+            allowed = allowed & (s >= t - _read(self.left, take))
         if self.right is not None:
-            allowed = allowed & (s <= t + self.right)
+            allowed = allowed & (s <= t + _read(self.right, take))
         return allowed
 
     def tile(self, t, s):
-        if None not in (self.left, self.right) and self.left + self.right < 0:
-            return _code(*[~_broadcast_true(t.start, s.start)] * 2)
+        left, right = (None if x is None else _read(x, gather) for x in (self.left, self.right))
         some = every = _broadcast_true(t.start, s.start)
-        if self.left is not None:
-            some, every = (
-                some & (s.stop - 1 >= t.start - self.left),
-                every & (s.start >= t.stop - 1 - self.left),
-            )
-        if self.right is not None:
-            some, every = (
-                some & (s.start <= t.stop - 1 + self.right),
-                every & (s.stop - 1 <= t.start + self.right),
-            )
+        if left is not None:
+            some, every = some & (s.stop - 1 >= t.start - left), every & (s.start >= t.stop - 1 - left)
+        if right is not None:
+            some, every = some & (s.start <= t.stop - 1 + right), every & (s.stop - 1 <= t.start + right)
+        if left is not None and right is not None:
+            some = some & (right >= -left)  # else no key is on both sides
         return _code(some, every)
 
 
@@ -369,7 +373,7 @@ class Dilated(Mask):
     stride: int
 
     def __post_init__(self):
-        object.__setattr__(self, "stride", _integer(self.stride, "Dilated stride", least=1))
+        object.__setattr__(self, "stride", integer(self.stride, "Dilated stride", least=1))
 
     def allows(self, t, s, take=gather):
         return (t - s) % self.stride == 0
@@ -401,8 +405,8 @@ class Global(Mask):
     def __post_init__(self):
         tokens = self.tokens
         if not hasattr(tokens, "__iter__"):
-            tokens = range(_integer(tokens, "Global tokens", least=0))
-        object.__setattr__(self, "tokens", tuple(sorted({_integer(x, "Global token", least=0) for x in tokens})))
+            tokens = range(integer(tokens, "Global tokens", least=0))
+        object.__setattr__(self, "tokens", tuple(sorted({integer(x, "Global token", least=0) for x in tokens})))
 
     def _runs(self):
         cuts = [i for i in range(1, len(self.tokens)) if self.tokens[i] != self.tokens[i - 1] + 1]
@@ -452,7 +456,7 @@ class RandomBlocks(Mask):
 
     def __post_init__(self):
         for name, least in (("block", 1), ("count", 0), ("num_blocks", 1), ("seed", 0)):
-            object.__setattr__(self, name, _integer(getattr(self, name), f"RandomBlocks {name}", least))
+            object.__setattr__(self, name, integer(getattr(self, name), f"RandomBlocks {name}", least))
 
     def _drawn(self, query_block, key_block):
         drawn = ~_broadcast_true(query_block, key_block)
@@ -633,12 +637,8 @@ class Dense(Mask):
     def tile(self, t, s):
         if not (_is_grid(t, self.array.shape[-2]) and _is_grid(s, self.array.shape[-1])):  # shifted
             return super().tile(t, s)
-        xp = _module(self.array)
-        some, every = self.array, self.array
-        for axis, span in ((-2, t), (-1, s)):
-            if self.array.shape[axis] > 1:
-                some, every = _by_block(xp, some, axis, span.size, False), _by_block(xp, every, axis, span.size, True)
-                some, every = some.any(axis), every.all(axis)
+        sizes = [1 if n == 1 else span.size for n, span in zip(self.array.shape[-2:], (t, s), strict=True)]
+        some, every = (_reduce_blocks(self.array, sizes, reduce) for reduce in ("any", "all"))
         return _code(some, every)
 
 
@@ -651,14 +651,17 @@ def _is_grid(span: Span, length: int) -> bool:
     return np.array_equal(np.ravel(span.start), np.arange(0, length, span.size)) and np.max(span.stop) == length
 
 
-def _by_block(xp, array, axis: int, size: int, fill: bool):
-    """The axis as two, blocks and the `size` entries of each; `fill` after the end."""
-    length = array.shape[axis]
-    if length % size:
-        widths = [(0, -length % size if i == array.ndim + axis else 0) for i in range(array.ndim)]
-        array = xp.pad(array, widths, constant_values=fill)
-    axis += array.ndim
-    return array.reshape(*array.shape[:axis], -1, size, *array.shape[axis + 1 :])
+def _reduce_blocks(array, sizes, reduce: str):
+    """`any` or `all` of each block of the last two axes; the last ones may be cut. Nothing is padded or copied."""
+    if isinstance(array, np.ndarray):
+        ufunc = {"any": np.logical_or, "all": np.logical_and}[reduce]
+        for axis, size in zip((-2, -1), sizes, strict=True):
+            array = ufunc.reduceat(array, np.arange(0, array.shape[axis], size), axis)
+        return array
+    start, combine = {"any": (False, lax.max), "all": (True, lax.min)}[reduce]
+    window = (1,) * (array.ndim - 2) + tuple(sizes)
+    cut = [(0, -n % size) for n, size in zip(array.shape[-2:], sizes, strict=True)]
+    return lax.reduce_window(array, start, combine, window, window, [(0, 0)] * (array.ndim - 2) + cut)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -702,7 +705,7 @@ class Blocks(Mask):
 
     def __post_init__(self):
         _mask(self.mask)
-        object.__setattr__(self, "size", _integer(self.size, "Blocks size", least=1))
+        object.__setattr__(self, "size", integer(self.size, "Blocks size", least=1))
 
     def _inner_lengths(self, T, S):
         return None if T is None else -(-T // self.size), -(-S // self.size)

@@ -6,7 +6,7 @@ and it can be shown, counted and combined further.
 
 from __future__ import annotations
 
-from jaxattn.masks import Blocks, Causal, Dilated, Global, Lengths, Mask, RandomBlocks, SegmentIds, Window
+from jaxattn.masks import Blocks, Causal, Dilated, Global, Lengths, Mask, RandomBlocks, SegmentIds, Window, integer
 
 
 def sliding_window(size: int) -> Mask:
@@ -19,7 +19,7 @@ def sliding_window(size: int) -> Mask:
       Causal() & Window(size - 1, None).
 
     Raises:
-      ValueError: where size is less than 1.
+      ValueError: where size is not an int of at least 1.
 
     Source: Jiang et al., Mistral 7B (2023), section 2.
 
@@ -30,7 +30,7 @@ def sliding_window(size: int) -> Mask:
       .##.
       ..##
     """
-    _at_least_one("sliding_window size", size)
+    size = integer(size, "sliding_window size", least=1)
     return Causal() & Window(size - 1, None)
 
 
@@ -45,7 +45,7 @@ def attention_sinks(size: int, sinks: int = 4) -> Mask:
       Causal() & (Window(size - 1, None) | Lengths(key=sinks)).
 
     Raises:
-      ValueError: where size is less than 1.
+      ValueError: where size is not an int of at least 1, or sinks one of at least 0.
 
     Source: Xiao et al., Efficient Streaming Language Models with Attention Sinks (2023), section 3.2.
 
@@ -56,7 +56,7 @@ def attention_sinks(size: int, sinks: int = 4) -> Mask:
       ###.
       #.##
     """
-    _at_least_one("attention_sinks size", size)
+    size, sinks = integer(size, "attention_sinks size", least=1), integer(sinks, "attention_sinks sinks", least=0)
     return Causal() & (Window(size - 1, None) | Lengths(key=sinks))
 
 
@@ -71,7 +71,7 @@ def dilated(window: int, dilation: int) -> Mask:
       Window(window * dilation, window * dilation) & Dilated(dilation).
 
     Raises:
-      ValueError: where dilation is less than 1.
+      ValueError: where window is not an int of at least 0, or dilation one of at least 1.
 
     Source: Beltagy et al., Longformer (2020), section 3.1, dilated sliding window.
 
@@ -83,6 +83,7 @@ def dilated(window: int, dilation: int) -> Mask:
       .#.#.
       ..#.#
     """
+    window, dilation = integer(window, "dilated window", least=0), integer(dilation, "dilated dilation", least=1)
     return Window(window * dilation, window * dilation) & Dilated(dilation)
 
 
@@ -96,7 +97,7 @@ def strided(stride: int) -> Mask:
       Causal() & (Window(stride, None) | Dilated(stride)).
 
     Raises:
-      ValueError: where stride is less than 1.
+      ValueError: where stride is not an int of at least 1.
 
     Source: Child et al., Sparse Transformers (2019), section 4.3, strided attention, its two heads merged.
 
@@ -109,11 +110,12 @@ def strided(stride: int) -> Mask:
       #.###.
       .#.###
     """
+    stride = integer(stride, "strided stride", least=1)
     return Causal() & (Window(stride, None) | Dilated(stride))
 
 
 def longformer(window: int, tokens: int | tuple[int, ...], dilation: int = 1) -> Mask:
-    """A sliding window of window / 2 keys on each side, optionally dilated, and global tokens.
+    """A sliding window of window // 2 keys on each side, optionally dilated, and global tokens.
 
     Args:
       window: keys on both sides together.
@@ -124,7 +126,7 @@ def longformer(window: int, tokens: int | tuple[int, ...], dilation: int = 1) ->
       dilated(window // 2, dilation) | Global(tokens); `& Causal()` makes it autoregressive.
 
     Raises:
-      ValueError: for a dilation below 1, or tokens that are no positions.
+      ValueError: where window is not an int of at least 0, dilation one of at least 1, or tokens are no positions.
 
     Source: Beltagy et al., Longformer (2020), section 3.1.
 
@@ -136,7 +138,8 @@ def longformer(window: int, tokens: int | tuple[int, ...], dilation: int = 1) ->
       #.###
       #..##
     """
-    half = window // 2
+    half = integer(window, "longformer window", least=0) // 2
+    dilation = integer(dilation, "longformer dilation", least=1)
     return (Window(half, half) if dilation == 1 else dilated(half, dilation)) | Global(tokens)
 
 
@@ -170,9 +173,11 @@ def bigbird(length: int, block: int, window: int = 3, global_blocks: int = 2, ra
       #....###
       #.#...##
     """
-    if window % 2 == 0:
+    length, block = integer(length, "bigbird length", least=1), integer(block, "bigbird block", least=1)
+    global_blocks = integer(global_blocks, "bigbird global_blocks", least=0)
+    random_blocks = integer(random_blocks, "bigbird random_blocks", least=0)
+    if integer(window, "bigbird window", least=1) % 2 == 0:
         raise ValueError(f"bigbird window={window} must be odd: the query's own block is in its middle")
-    _at_least_one("bigbird block", block)
     half = window // 2
     num_blocks = -(-length // block)
     return (
@@ -186,7 +191,7 @@ def prefix_lm(prefix) -> Mask:
     """Causal, but the first `prefix` keys are visible to all: s <= t or s < prefix.
 
     Args:
-      prefix: tokens in the prefix, an int or an int array [B].
+      prefix: tokens in the prefix, an int of at least 0 or an int array [B].
 
     Returns:
       Causal() | Lengths(key=prefix).
@@ -203,6 +208,8 @@ def prefix_lm(prefix) -> Mask:
       ###.
       ####
     """
+    if not hasattr(prefix, "ndim"):
+        prefix = integer(prefix, "prefix_lm prefix", least=0)
     return Causal() | Lengths(key=prefix)
 
 
@@ -240,7 +247,7 @@ def chunked(size: int) -> Mask:
       Causal() & Blocks(Window(0, 0), size).
 
     Raises:
-      ValueError: where size is less than 1.
+      ValueError: where size is not an int of at least 1.
 
     Source: Meta, Llama 4 (2025), the local layers; blocks as in Qiu et al., Blockwise Self-Attention (2020), section 3.
 
@@ -251,9 +258,4 @@ def chunked(size: int) -> Mask:
       ..#.
       ..##
     """
-    return Causal() & Blocks(Window(0, 0), size)
-
-
-def _at_least_one(name: str, value: int) -> None:
-    if not value >= 1:
-        raise ValueError(f"{name}={value!r} must be at least 1")
+    return Causal() & Blocks(Window(0, 0), integer(size, "chunked size", least=1))

@@ -23,7 +23,7 @@ def tile_codes(mask: Mask, T: int, S: int, block_q: int, block_k: int):
     t = Span(start_q[:, None], np.minimum(start_q + block_q, T)[:, None], block_q)
     s = Span(start_k[None, :], np.minimum(start_k + block_k, S)[None, :], block_k)
     codes = mask.tile(t, s)
-    shape = np.broadcast_shapes(codes.shape, (1, 1, len(start_q), len(start_k)))
+    shape = (1,) * (4 - codes.ndim) + codes.shape[:-2] + (len(start_q), len(start_k))  # B may be symbolic
     return (np if isinstance(codes, np.ndarray) else jnp).broadcast_to(codes, shape)
 
 

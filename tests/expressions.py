@@ -39,11 +39,13 @@ def array_leaves():
         if kind < 6:
             ids = rng.integers(0, 3, ((B, LONGEST), (LONGEST,))[kind - 4])
             return SegmentIds(np.sort(ids, axis=-1) if seed % 2 else ids)
+        if kind < 8:
+            return Window(numbers[kind - 6], numbers[7 - kind] if seed % 2 else 3)
         shapes = ((B, N), (1, N), (B, 1), ())
-        shape = (*shapes[kind - 6], LONGEST if seed % 3 else 1, LONGEST if seed % 5 else 1)
+        shape = (*shapes[kind - 8], LONGEST if seed % 3 else 1, LONGEST if seed % 5 else 1)
         return Dense(rng.random(shape) < rng.choice([0.05, 0.5, 0.95]))
 
-    return st.builds(draw, st.integers(0, 9), st.integers(0, 1000))
+    return st.builds(draw, st.integers(0, 11), st.integers(0, 1000))
 
 
 def expressions(static: bool = False, leaves=None):

@@ -11,10 +11,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from tolerance import assert_close
 
 import jaxattn
-from jaxattn import Blockwise, Causal, Implementation, Naive, attention_weights, dot_product_attention, explain
+from jaxattn import (
+    Blockwise,
+    Causal,
+    Implementation,
+    Naive,
+    SegmentIds,
+    attention_weights,
+    dot_product_attention,
+    explain,
+)
 
 B, T, S, N, K, H = 2, 7, 9, 4, 2, 8
 IMPLEMENTATIONS = ["naive", Blockwise(block_q=4, block_k=4), "xla"]
@@ -62,6 +73,7 @@ CALLS = {
     "window alone": {"local_window_size": (2, 3)},
     "window of one int": {"local_window_size": 1, "is_causal": True},
     "window of later keys": {"local_window_size": (-1, 3)},
+    "window of an array": {"local_window_size": np.array([2, 3])},
     "1-D mask": {"mask": choice(S)},
     "1-D bias": {"bias": noise((S,))},
     "integer bias": {"bias": np.arange(T * S).reshape(T, S) % 3},
@@ -91,6 +103,17 @@ def test_agrees_with_jax_nn(call):
     for name, (_, lse) in ours.items():
         assert name == "xla" or np.all(np.asarray(lse)[absent] == -np.inf)
         assert_close({name: np.where(absent, 0, lse)}, {name: np.where(absent, 0, their_lse)})
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=str)
+def test_a_window_may_be_traced(implementation):
+    @jax.jit
+    def run(window, *operands):
+        ours = dot_product_attention(*operands, local_window_size=window, implementation=implementation)
+        return ours, jax.nn.dot_product_attention(*operands, local_window_size=window)
+
+    for window in ((2, 3), (-1, 3)):
+        assert_close(*run(window, *operands()))
 
 
 @pytest.mark.parametrize("shape", [(0, T, S), (B, 0, S), (B, T, 0)], ids=str)
@@ -388,17 +411,52 @@ def test_naive_has_forward_mode_and_hessian():
     assert np.abs(product - difference).max() < 1e-2 * np.abs(product).max()
 
 
+@pytest.mark.parametrize("implementation", ["loops", "naive", "xla"])
+def test_batch_and_heads_sharded_over_eight_devices_need_no_collective(implementation):
+    batch, length, heads = 4, 6, 4
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    rows, columns = NamedSharding(mesh, P("data", None, "model")), NamedSharding(mesh, P("data"))
+    arrays = [noise((batch, length, heads, H), seed) for seed in range(3)]
+    ids = np.sort(np.random.default_rng(0).integers(0, 3, (batch, length)))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(implementation, ids, *arrays):
+        def f(*x):
+            return dot_product_attention(*x, mask=SegmentIds(ids), is_causal=True, implementation=implementation)
+
+        out, pullback = jax.vjp(f, *arrays)
+        return out, pullback(out)
+
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(ids, columns), *(jax.device_put(x, rows) for x in arrays)
+        program = run.lower(implementation, *sharded).compile()
+        module, result = program.as_text(), program(*sharded)
+    names = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
+    assert not [name for name in names if f"{name}(" in module or f"{name}-start(" in module]
+    assert result[0].sharding.is_equivalent_to(rows, 4)
+    assert_close(jax.device_get(result), jax.device_get(run("naive", ids, *arrays)), "gradient")
+
+
 @pytest.mark.parametrize("implementation", ["naive", "blockwise"])
-def test_export_with_symbolic_batch(implementation):
+def test_export_with_symbolic_batch_and_naive_with_symbolic_lengths_too(implementation):
     b, t, s = export.symbolic_shape("b, t, s")
     t, s = (t, s) if implementation == "naive" else (T, S)
     shapes = [jax.ShapeDtypeStruct(x, "float32") for x in ((b, t, N, H), (b, s, K, H), (b, s, K, H))]
+    lengths = jax.ShapeDtypeStruct((b,), "int32")
 
-    def f(q, k, v):
-        return dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
+    @jax.jit
+    def run(lengths, *operands):
+        def f(*x):
+            return dot_product_attention(
+                *x, is_causal=True, key_value_seq_lengths=lengths, implementation=implementation
+            )
 
-    exported = export.export(jax.jit(f))(*shapes)
-    assert_close(exported.call(*operands()), jax.jit(f)(*operands()))
+        out, pullback = jax.vjp(f, *operands)
+        return out, pullback(out)
+
+    exported = export.export(run)(lengths, *shapes)
+    arguments = np.array([3, S], np.int32), *operands()
+    assert_close(exported.call(*arguments), run(*arguments), "gradient")
 
 
 def test_equal_masks_share_one_compilation():

@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,7 +15,8 @@ from tolerance import assert_accurate, assert_close
 from bench import conformance, conformance_cases
 from bench.conformance import compute_jax
 from bench.conformance_cases import Case, cover, grid, inputs
-from jaxattn import Blockwise, Triton, dot_product_attention, merge
+from jaxattn import Blockwise, Causal, Triton, dot_product_attention, merge, online_softmax, tiles
+from jaxattn.impl import base, blockwise, naive
 from jaxattn.impl.triton import Tiling
 
 oracle = pytest.importorskip("oracle.attention")
@@ -100,6 +103,88 @@ def test_the_sample_for_interpreted_kernels_has_every_head_dim_and_kind_of_logit
 @pytest.mark.parametrize("case", SAMPLE, ids=str)
 def test_interpreted_kernels_pass_a_sample_of_the_same_cases(case):
     assert_conforms(case, INTERPRETED)
+
+
+def masking_with(fill, clear=True):
+    """`_Groups.cut` that writes `fill` where nothing may be attended, and may leave what unattended keys hold."""
+    cut = blockwise._Groups.cut
+
+    def wrong(self, b, k, i, j, logits, *key_tiles):
+        masked, *cleared = cut(self, b, k, i, j, logits, *key_tiles)
+        masked = jnp.where(masked == -jnp.inf, logits if fill is None else fill, masked)
+        return masked, *(cleared if clear else key_tiles)
+
+    return wrong
+
+
+def grouping_with(change):
+    """`_Groups.group_rows` of changed rows."""
+    group_rows = blockwise._Groups.group_rows
+    return lambda self, array, fill=0: group_rows(self, change(array, fill), fill)
+
+
+def trembling(logits, cap):
+    """The logits, their last bits different from run to run."""
+    factor = jax.pure_callback(lambda: np.float32(1 + 2.0**-23 * next(_runs)), jax.ShapeDtypeStruct((), "float32"))
+    return _soft_cap(logits, cap) * factor
+
+
+_runs = itertools.count()
+_causal, _codes, _soft_cap = Causal.allows, tiles.tile_codes, base.soft_cap
+
+# fault: (what it is planted in, its name there, the wrong thing, an implementation, a mask or kind of logits)
+FAULTS = {
+    "an accumulator that is not rescaled": (online_softmax, "rescale", lambda o, factor: o, "blockwise 40x56", "none"),
+    "a causal mask that is off by one": (
+        Causal, "allows", lambda self, t, s, take=None: _causal(self, t - 1, s), "naive", "is_causal",
+    ),
+    "logits a thousandth too large": (
+        naive, "soft_cap", lambda logits, cap: _soft_cap(1.001 * logits, cap), "naive", "none",
+    ),
+    "results that differ from run to run": (naive, "soft_cap", trembling, "naive", "none"),
+    "a tile of keys that is not visited": (
+        tiles, "tile_codes", lambda *a: _codes(*a) * (np.arange(-(-a[2] // a[4])) != 1), "blockwise 40x56", "none",
+    ),
+    "partial tiles that are not masked": (blockwise._Groups, "cut", masking_with(None), "blockwise 40x56", "dilated"),
+    "NaN that leaks from keys that nothing may attend": (
+        blockwise._Groups, "cut", masking_with(-np.inf, clear=False), "blockwise 40x56", "key lengths",
+    ),
+    "a mean over masked keys where a query may attend nothing": (
+        blockwise._Groups, "cut", masking_with(-1e9), "blockwise 40x56", "array of heads",
+    ),
+    "query heads that read another head's keys": (
+        blockwise._Groups, "group_rows", grouping_with(lambda rows, fill: jnp.roll(rows, 1, 2)), "blockwise 40x56",
+        "none",
+    ),
+    "a gradient without the rows' mean": (
+        blockwise._Groups, "group_rows", grouping_with(lambda rows, fill: rows * (rows.ndim > 3 or fill != 0)),
+        "blockwise 40x56", "none",
+    ),
+    "a bias without gradient": (
+        blockwise._Groups, "add_bias_tile", lambda self, d_bias, *tile: d_bias, "blockwise 40x56", "bias",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_caught_by_the_cases(fault, monkeypatch):
+    owner, name, wrong, implementation, value = FAULTS[fault]
+    chosen = [
+        case
+        for case in CASES
+        if case.implementation == implementation
+        and value in (case.mask, case.logits)
+        and min(case.lengths) > 8
+        and (implementation == "naive" or case.lengths[1] > TILED.block_k)
+    ]
+    case = min(chosen, key=lambda case: (case.heads[0] == 1, case.lengths[0] * case.lengths[1], case.head_dim))
+    right = IMPLEMENTATIONS[implementation]
+    right = naive.Naive() if right == "naive" else right
+    # A class of its own, so that nothing compiled for the right one is taken, nor this for the right one.
+    faulty = type("Faulty", (type(right),), {})(**vars(right))
+    monkeypatch.setattr(owner, name, wrong)
+    with pytest.raises(AssertionError):
+        assert_conforms(case, faulty)
 
 
 @pytest.mark.gpu

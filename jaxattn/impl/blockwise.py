@@ -389,14 +389,16 @@ class _Groups:
     def _take(self, b, k, array, t=None, s=None):
         """`masks.gather` for one batch element and one group: lead axes [B], [B, N] become (), [G]."""
         array = jnp.asarray(array)
-        indices = [x for x in (t, s) if x is not None]
+        indices = [x.ravel() for x in (t, s) if x is not None]
         lead = array.ndim - len(indices)
-        if lead > 0:
+        if lead == 2:  # with the first index, for a copy of all that one batch element has would be T x S
+            heads = k * self.G + jnp.arange(self.G) if array.shape[1] > 1 else jnp.zeros(1, int)
+            array = array.at[b, heads[:, None], indices[0]].get(mode="clip")
+            indices = indices[1:]
+        elif lead == 1:
             array = array[jnp.minimum(b, array.shape[0] - 1)]
-        if lead > 1 and array.shape[0] > 1:
-            array = lax.dynamic_slice_in_dim(array, k * self.G, self.G)
         for axis, index in zip(range(-len(indices), 0), indices, strict=True):
-            array = jnp.take(array, index.ravel(), axis=axis, mode="clip")
+            array = jnp.take(array, index, axis=axis, mode="clip")
         if t is not None and s is None:
             array = array[..., :, None]
         return array

@@ -90,6 +90,7 @@ def _split(mask: Mask, B: int) -> tuple[dict, Mask]:
             options["is_causal"] = True
         elif (
             isinstance(part, Window)
+            and part.is_static
             and "local_window_size" not in options
             and None not in (part.left, part.right)
             and min(part.left, part.right) >= 0

@@ -1,6 +1,7 @@
 """Explicit loops: the definition of attention as a reader would write it, one score at a time.
 
-For tiny sizes, to be read and to check the others by; every JAX transformation works on it.
+For tiny sizes, to be read and to check the others by; every JAX transformation works on it. Heads and batch elements
+know nothing of each other: what is written is one head, mapped over both, which also keeps them apart on devices.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ MOST_SCORES = 1 << 16
 
 @dataclasses.dataclass(frozen=True)
 class Loops(Implementation):
-    """For every batch element, query and head: scores, scale, mask, softmax, weighted sum."""
+    """For every query of every head: scores, scale, mask, softmax, weighted sum."""
 
     name: ClassVar[str] = "loops"
 
@@ -34,32 +35,40 @@ class Loops(Implementation):
         B, T, S, N, K, G = problem.sizes
         dtype = accumulator_dtype(problem.query.dtype)
         query, key, value = (x.astype(dtype) for x in (problem.query, problem.key, problem.value))
-        allowed = jnp.broadcast_to(problem.mask.allows(jnp.arange(T)[:, None], jnp.arange(S)[None, :]), (B, N, T, S))
+        allowed = problem.mask.allows(jnp.arange(T)[:, None], jnp.arange(S)[None, :])
+        allowed = jnp.broadcast_to(allowed, (B, N, T, S)).reshape(B, K, G, T, S)
+        bias = jnp.zeros((), dtype) if problem.bias is None else problem.bias.astype(dtype)
+        bias = jnp.broadcast_to(bias, (B, N, T, S)).reshape(B, K, G, T, S)
         # Keys that no query of their group may attend may hold NaN, and 0 * NaN is NaN: make them 0.
-        used = allowed.reshape(B, K, G * T, S).any(2).swapaxes(1, 2)[..., None]
+        used = allowed.any((2, 3)).swapaxes(1, 2)[..., None]
         key, value = jnp.where(used, key, 0), jnp.where(used, value, 0)
 
-        def one_score(b, t, n, s):
-            k = n // G  # the key/value head that query head n shares with G - 1 others
-            logit = jnp.dot(query[b, t, n], key[b, s, k], precision=dot_precision(dtype))
-            logit = soft_cap(logit * problem.scale, problem.soft_cap)
-            if problem.bias is not None:
-                logit += jnp.broadcast_to(problem.bias, (B, N, T, S))[b, n, t, s].astype(dtype)
-            return jnp.where(allowed[b, n, t, s], logit, -jnp.inf)
+        def one_head(query, key, value, allowed, bias):
+            """query [T, H], key [S, H], value [S, Hv], allowed and bias [T, S] -> output [T, Hv], lse [T]."""
 
-        def one_query(b, t, n):
-            logits = for_each(S, lambda s: one_score(b, t, n, s))
-            largest = jax.lax.stop_gradient(logits.max())
-            largest = jnp.where(largest == -jnp.inf, 0, largest)
-            weights = jnp.exp(logits - largest)
-            total = weights.sum()
-            absent = total == 0  # this query may attend nothing
-            total = jnp.where(absent, 1, total)
-            output = for_each(S, lambda s: weights[s] * value[b, s, n // G]).sum(axis=0) / total
-            return output, jnp.where(absent, -jnp.inf, largest + jnp.log(total))
+            def one_score(t, s):
+                logit = jnp.dot(query[t], key[s], precision=dot_precision(dtype))
+                logit = soft_cap(logit * problem.scale, problem.soft_cap) + bias[t, s]
+                return jnp.where(allowed[t, s], logit, -jnp.inf)
 
-        out, lse = for_each(B, lambda b: for_each(T, lambda t: for_each(N, lambda n: one_query(b, t, n))))
-        return out.astype(problem.query.dtype), lse
+            def one_query(t):
+                logits = for_each(S, lambda s: one_score(t, s))
+                largest = jax.lax.stop_gradient(logits.max())
+                largest = jnp.where(largest == -jnp.inf, 0, largest)
+                weights = jnp.exp(logits - largest)
+                total = weights.sum()
+                absent = total == 0  # this query may attend nothing
+                total = jnp.where(absent, 1, total)
+                output = for_each(S, lambda s: weights[s] * value[s]).sum(axis=0) / total
+                return output, jnp.where(absent, -jnp.inf, largest + jnp.log(total))
+
+            return for_each(T, one_query)
+
+        # G query heads read one key/value head.
+        one_group = jax.vmap(one_head, in_axes=(1, None, None, 0, 0), out_axes=1)
+        one_batch_element = jax.vmap(one_group, in_axes=(1, 1, 1, 0, 0), out_axes=1)
+        out, lse = jax.vmap(one_batch_element)(query.reshape(B, T, K, G, -1), key, value, allowed, bias)
+        return out.reshape(B, T, N, -1).astype(problem.query.dtype), lse.reshape(B, T, N)
 
 
 def for_each(count: int, body):
