@@ -670,8 +670,8 @@ def method(device: str, threads: int) -> list[str]:
         "so that attention is peaked.",
         "Each measurement in a fresh process; the processes of one length are timed in turns, one call each. "
         "The first call warms up and is not counted; JAX compiles before it, torch (FlexAttention) in it.",
-        "TFLOP/s: 4 * H for each (query, key) pair that the mask allows; causal counts half of T * S; a layer adds 2 for "
-        "each weight and token.",
+        "TFLOP/s: 4 * H for each (query, key) pair that the mask allows; causal counts half of T * S; a layer adds 2 "
+        "for each weight and token.",
         "float32 products are full float32 in both frameworks: TF32 is off.",
         "torch runs under inference_mode; its keys are not copied for grouped heads where it takes them grouped.",
     ]
