@@ -12,6 +12,7 @@ from bench.gpu import Part
 def modules(tmp_path, monkeypatch):
     """A folder that `python -m` finds commands in, in place of the project's."""
     monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     for name, code in (
         ("good", "print('fine')"),
         ("bad", "raise SystemExit(3)"),
