@@ -155,7 +155,7 @@ def caption(key: tuple, rows: list[dict]) -> str:
     queries = "" if row["queries"] == row["keys"] else f", {row['queries']} quer{'y' if row['queries'] == 1 else 'ies'}"
     heads = f"{row['heads']} heads of {row['head_dim']}"
     if row["kv_heads"] != row["heads"]:
-        heads += f" on {row['kv_heads']} key heads"
+        heads += f" on {row['kv_heads']} key head{'' if row['kv_heads'] == 1 else 's'}"
     direction = "" if direction == "forward" else ", forward + backward"
     return f"B={row['batch']}{queries}, {heads}, {mask}, {dtype}{direction}"
 
