@@ -9,11 +9,20 @@ from __future__ import annotations
 import importlib
 import sys
 
-from bench import commands
+from bench import commands, results
 
 
 def main(argv: list[str]) -> int:
-    """Run a subcommand's `main(argv)`, or the main job; returns the exit code."""
+    """Run a subcommand's `main(argv)`, or the main job; returns the exit code, 2 where a file cannot be written."""
+    try:
+        return dispatch(argv)
+    except results.WriteError as error:
+        print(f"{error}; what was written before is whole", file=sys.stderr)
+        return 2
+
+
+def dispatch(argv: list[str]) -> int:
+    """The exit code of the command that the arguments name."""
     if argv and not argv[0].startswith("-"):
         name, *rest = argv
         available = commands.available()

@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from bench.results import KEY
+
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 # Logits of unit-normal inputs have standard deviation 1: nearly flat attention, which hides mistakes.
@@ -85,20 +87,7 @@ class Problem:
 
     def key(self) -> tuple:
         """What makes two rows the same measurement (for --resume and compare)."""
-        return (
-            self.case,
-            self.mask,
-            self.batch,
-            self.queries,
-            self.keys,
-            self.heads,
-            self.kv_heads,
-            self.head_dim,
-            self.dtype,
-            self.direction,
-            self.cold,
-            self.implementation,
-        )
+        return tuple(getattr(self, name) for name in KEY)
 
     def arrays_bytes(self) -> int:
         """Bytes of query, key, value and output (and of their gradients where these are computed).
@@ -111,6 +100,13 @@ class Problem:
             return (4 * queries + 2 * keys + weights) * DTYPE_BYTES[self.dtype]
         forward = (2 * queries + 2 * keys) * DTYPE_BYTES[self.dtype]
         return forward if self.direction == "forward" else 2 * forward
+
+    def output_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes of what one call gives: the output, then the gradients of query, key and value where asked for."""
+        if self.layer:
+            return [(self.batch, self.queries, self.width())]
+        gradients = [] if self.direction == "forward" else [self.shape_BTNH(), self.shape_BSKH(), self.shape_BSKH()]
+        return [self.shape_BTNH(), *gradients]
 
     def scores_bytes(self) -> int:
         """Bytes of one [B, N, T, S] array in the problem's dtype."""
@@ -178,7 +174,7 @@ CASES = {
             quick_lengths=(256, 1024),
             implementations=EVERY + LAYERS,
             always=True,
-            not_on_cpu=(("torch-flex", "time: compiling it on a CPU takes minutes of this case's five"),),
+            not_on_cpu=(("torch-flex", "time: compiling it on a CPU takes some 20 s of five minutes, at each length"),),
         ),
         Case(
             name="llama-2-7b",

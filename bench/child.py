@@ -47,8 +47,14 @@ def main() -> int:
     return 0
 
 
+class WrongForm(Exception):
+    """An implementation's result has the wrong shape or dtype."""
+
+
 def classify(error: Exception) -> str:
-    """Which status an exception gives its row: missing, out of memory, refused, or failed."""
+    """Which status an exception gives its row: missing, out of memory, refused, wrong, or failed."""
+    if isinstance(error, WrongForm):
+        return "wrong"
     text = f"{type(error).__name__} {error}".lower()
     if isinstance(error, ImportError) or "not detected" in text:
         return "missing"
@@ -60,8 +66,10 @@ def classify(error: Exception) -> str:
 
 
 def describe(error: Exception) -> str:
-    """The first line of what an exception says, with its type."""
+    """The first line of what an exception says, with its type where that is not our own."""
     text = str(error).strip().splitlines()
+    if isinstance(error, WrongForm):
+        return text[0]
     return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__
 
 
@@ -89,8 +97,12 @@ class Server:
         return self.session.compile()
 
     def traffic(self) -> dict:
-        """Bytes moved by the profiler's count and model, for the device at hand; JAX only."""
-        return self.session.traffic()
+        """Bytes moved by the profiler's count and model, for the device at hand, or why it cannot say; JAX only."""
+        try:
+            return self.session.traffic()
+        except Exception as error:
+            traceback.print_exc()
+            return {"reason": describe(error)}
 
     def first(self, rows_path: str) -> dict:
         """Make the inputs, call once, note the peak of memory, and save the rows that are judged."""
@@ -103,7 +115,9 @@ class Server:
         outputs = session.wait(session.call(session.checked))
         seconds = time.perf_counter() - start
         peak = session.peak_bytes()
+        session.check_form(outputs)
         np.savez(rows_path, **session.judged(outputs))
+        session.rotate()
         gc.collect()
         gc.disable()  # so that no collection falls into a timed call
         return {
@@ -214,7 +228,7 @@ class Session:
         self.calls = 1  # the judged call has read the first of the rotated inputs
 
     def make_inputs(self) -> None:
-        """Put the inputs on the device: `checked` for the judged call, `rotated` for the timed ones.
+        """Put the inputs on the device: `checked` for the judged call, `rotated` (one yet) for the timed ones.
 
         With a backward pass, the judged call's cotangent is zero outside the sampled rows, so that the
         reference needs these rows only.
@@ -222,16 +236,33 @@ class Session:
         dtype = numpy_dtype(self.problem.dtype)
         arrays = {name: array.astype(dtype) for name, array in cases.inputs(self.problem).items()}
         inputs = tuple(self.put(array) for array in self.adapter.arrange(self.problem, arrays))
-        copies = 1
-        if self.problem.cold:
-            copies += CACHE_BYTES // sum(array.nbytes for array in arrays.values())
-        self.rotated = [inputs, *(tuple(self.copy(x) for x in inputs) for _ in range(copies - 1))]
+        self.rotated = [inputs]
         self.checked = inputs
         if "cotangent" in arrays:
             sparse = np.zeros_like(arrays["cotangent"])
             rows = cases.sampled_rows(self.problem)
             sparse[:, rows] = arrays["cotangent"][:, rows]
             self.checked = (*inputs[:3], self.put(sparse))
+
+    def rotate(self) -> None:
+        """With --cold, copies of the inputs that fill the caches: made when the peak of memory has been noted."""
+        if self.problem.cold:
+            (inputs,) = self.rotated
+            copies = CACHE_BYTES // sum(x.nbytes for x in inputs)
+            self.rotated += [tuple(self.copy(x) for x in inputs) for _ in range(copies)]
+
+    def check_form(self, outputs: tuple) -> None:
+        """Whether an output and its gradients are arrays of the right shapes in the inputs' dtype.
+
+        Raises: WrongForm that says what was given and what is needed.
+        """
+        needed = " and ".join(f"{self.problem.dtype}{list(shape)}" for shape in self.problem.output_shapes())
+        given = " and ".join(
+            f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}" if hasattr(x, "dtype") else type(x).__name__
+            for x in outputs
+        )
+        if given != needed:
+            raise WrongForm(f"it gives {given}; {needed} is needed")
 
     def next_inputs(self) -> tuple:
         """The rotated inputs in turn, across requests: those read longest ago."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from bench.results import compare, load
+from bench.results import compare, differences, key, load, measured
+
+WIDTHS = (14, 28, 17, 7, 22, 11, 11, 8, 7)
 
 
 def main(argv: list[str]) -> int:
@@ -21,19 +23,36 @@ def main(argv: list[str]) -> int:
         a, b = load(arguments.a), load(arguments.b)
     except ValueError as error:
         parser.error(str(error))
-    ratios = compare(a, b)
     for name, file in (("A", a), ("B", b)):
-        found = file["environment"]
-        print(f"{name}: {found['device_name']}, {file['date']}, commit {file['commit']}")
-    if not ratios:
-        print("The two files have no measurement in common.")
-        return 1
-    print(f"{'case':<16}{'length':>8}  {'implementation':<22}{'A ms':>12}{'B ms':>12}{'B/A':>8}{'noise':>8}  verdict")
+        print(f"{name}: {file['environment']['device_name']}, {file['date']}, commit {file.get('commit')}")
+    unlike = differences(a, b)
+    if unlike:
+        print("The runs differ in more than their times:")
+        print("\n".join(f"  {name}: {one} in A, {other} in B" for name, one, other in unlike))
+    ratios = compare(a, b)
+    if ratios:
+        show("case", "mask", "dtype", "length", "implementation", "A ms", "B ms", "B/A", "noise", "verdict")
     for ratio in ratios:
         row = ratio.row
+        dtype = row["dtype"] + ("" if row["direction"] == "forward" else " and back") + (" cold" if row["cold"] else "")
         noise = "?" if ratio.noise is None else f"{ratio.noise:.0%}"
-        print(
-            f"{row['case']:<16}{row['keys']:>8}  {row['implementation']:<22}{ratio.a_ms:>12.3f}"
-            f"{ratio.b_ms:>12.3f}{ratio.ratio:>8.3f}{noise:>8}  {ratio.verdict}"
-        )
-    return 0
+        times = (f"{ratio.a_ms:.3f}", f"{ratio.b_ms:.3f}", f"{ratio.ratio:.3f}")
+        show(row["case"], row["mask"], dtype, row["keys"], row["implementation"], *times, noise, ratio.verdict)
+    shared = {key(ratio.row) for ratio in ratios}
+    for name, file in (("A", a), ("B", b)):
+        alone = [row for row in file["rows"] if measured(row) and key(row) not in shared]
+        if alone:
+            print(f"Only in {name}: {len(alone)} measurements of {', '.join(sorted({row['case'] for row in alone}))}.")
+    if not ratios:
+        print("The two files have no measurement in common.")
+    return 0 if ratios else 1
+
+
+def show(*cells) -> None:
+    """Print one line: words left, figures right, the verdict at the end."""
+    *columns, verdict = cells
+    aligned = (
+        f"{cell!s:<{width}}" if index in (0, 1, 2, 4) else f"{cell!s:>{width}}"
+        for index, (cell, width) in enumerate(zip(columns, WIDTHS, strict=True))
+    )
+    print("  ".join([*aligned, verdict]))

@@ -6,14 +6,19 @@ no thread pool and no GPU memory.
 
 from __future__ import annotations
 
+import hashlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+
+from bench import results
 
 PACKAGES = (
     "jaxattn",
@@ -171,6 +176,28 @@ def commit() -> str | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return head.stdout.strip() + ("+changes" if status.stdout.strip() else "")
+
+
+def code(modules: Iterable[str] = ()) -> dict[str, str]:
+    """Digests of the source that measures: the checkout's Python files, and each of a user's modules that is found.
+
+    >>> list(code())
+    ['jaxattn, oracle, bench']
+    """
+    root = Path(__file__).parent.parent
+    paths = [path for folder in ("jaxattn", "oracle", "bench") for path in sorted((root / folder).rglob("*.py"))]
+    files = {results.CHECKOUT: paths}
+    for module in modules:
+        try:
+            spec = importlib.util.find_spec(module)
+        except (ImportError, ValueError):
+            continue
+        if spec is not None and spec.has_location:
+            files[module] = [Path(spec.origin)]
+    return {
+        name: hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
+        for name, paths in files.items()
+    }
 
 
 def slug(name: str) -> str:

@@ -11,6 +11,7 @@ import argparse
 import dataclasses
 import datetime
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -21,43 +22,54 @@ from pathlib import Path
 
 from bench import commands, environment, results, run
 
+RECORD = "parts.json"
 # In this order, until the time of the part is spent: what matters most comes first.
 CASES = ("llama-3.2-1b", "speedup", "decode", "packed", "window-64", "windows", "mqa", "llama-2-7b")
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """One command. limit_s: it is ended after that. needs: the subcommand of bench that must be there."""
+    """One command. limit_s: it is ended after that. needs: the subcommand of bench that must be there.
+    missing_code: the exit code by which it says that something it needs is not on this machine.
+    """
 
     name: str
     text: str
     argv: tuple[str, ...]
     limit_s: float
     needs: str | None = None
+    missing_code: int | None = None
 
 
 def parts(folder: Path) -> list[Part]:
-    """The parts in order; together at most eight minutes."""
+    """The parts in order; together they leave some of the eight minutes for starting up.
+
+    The cases' own time leaves what one row may take beyond it; their figures are a part of their own.
+    """
     chosen = [word for name in CASES for word in ("--case", name)]
-    options = ("--device", "cuda", "--minutes", "3.8", "--traffic", "--out", str(folder / "cases"))
+    cases, traffic, counters = (str(folder / name) for name in ("cases", "traffic", "counters"))
+    options = ("--device", "cuda", "--minutes", "2.8", "--traffic", "--no-figures", "--out", cases)
+    oracle = ("oracle", "--json", str(folder / "parity/parity.json"))
     return [
-        Part("parity", "every stage against torch, planted faults", ("oracle",), 60),
-        Part("cases", "every implementation beside every other", ("bench", *chosen, *options), 260),
-        Part(
-            "traffic",
-            "bytes moved, modelled for this GPU",
-            ("bench", "traffic", "--out", str(folder / "traffic")),
-            40,
-            "traffic",
-        ),
+        Part("parity", "every stage against torch, planted faults", oracle, 90),
+        Part("cases", "every implementation beside every other", ("bench", *chosen, *options), 200),
+        Part("plots", "the cases' figures and reports", ("bench", "report", cases), 40),
+        Part("traffic", "bytes moved, modelled for this GPU", ("bench", "traffic", "--out", traffic), 35, "traffic"),
         Part(
             "counters",
             "hardware counters beside the model",
-            ("bench", "counters", "--out", str(folder / "counters")),
-            60,
+            ("bench", "counters", "--out", counters),
+            55,
             "counters",
+            missing_code=2,
         ),
-        Part("tune", "the shipped block sizes against their neighbours", ("bench", "tune"), 60, "tune"),
+        Part(
+            "tune",
+            "the shipped block sizes against their neighbours",
+            ("bench", "tune", "--minutes", "0.5"),
+            40,
+            "tune",
+        ),
     ]
 
 
@@ -97,9 +109,7 @@ def look(variables: dict[str, str]) -> dict:
 
 def run_parts(chosen: list[Part], folder: Path) -> dict[str, dict]:
     """Run parts one after the other; `parts.json` says at any time which are done and how they ended."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "parts.json"
-    record = json.loads(path.read_text()) if path.exists() else {}
+    record = read_record(folder)
     for part in chosen:
         print(f"\n== {part.name}: {part.text}", flush=True)
         if part.needs and part.needs not in commands.available():
@@ -107,17 +117,24 @@ def run_parts(chosen: list[Part], folder: Path) -> dict[str, dict]:
         else:
             record[part.name] = run_part(part, folder / part.name)
         print(f"== {part.name}: {record[part.name]['status']} {record[part.name]['reason']}", flush=True)
-        results.write_text(path, json.dumps(record, indent=1) + "\n")
+        results.write_text(folder / RECORD, json.dumps(record, indent=1) + "\n")
     return record
 
 
 def run_part(part: Part, folder: Path) -> dict:
     """Run one part, its output shown and kept in `output.txt`; how it ended and how long it took."""
-    folder.mkdir(parents=True, exist_ok=True)
+    with results.writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", *part.argv]
     start = time.monotonic()
     process = subprocess.Popen(
-        command, cwd=run.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        command,
+        cwd=run.ROOT,
+        env=os.environ | {"PYTHONUNBUFFERED": "1"},  # so that a part that is ended has shown what it did
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
     )
     late = threading.Event()
 
@@ -132,6 +149,7 @@ def run_part(part: Part, folder: Path) -> dict:
     timer = threading.Timer(part.limit_s, end)
     timer.start()
     try:
+        line = ""
         with (folder / "output.txt").open("w") as file:
             for line in process.stdout:
                 print(line, end="", flush=True)
@@ -145,6 +163,8 @@ def run_part(part: Part, folder: Path) -> dict:
             process.wait()
     if late.is_set():
         status, reason = "timed out", f"ended after {part.limit_s:g} s; what it had written is kept"
+    elif code == part.missing_code:
+        status, reason = "missing", line.strip()
     elif code:
         status, reason = "failed", f"exit code {code}; see {part.name}/output.txt"
     else:
@@ -162,10 +182,24 @@ def target_slug(found: dict) -> str:
 
 
 def publish(folder: Path, place: Path) -> Path:
-    """Copy a run's parts to their place; nothing is committed. What is there of other parts stays."""
+    """Copy a run's parts to their place, those that could not run apart; nothing is committed.
+
+    What is there of other parts stays, in `parts.json` too.
+    """
+    record, old = (read_record(where) for where in (folder, place))
+    absent = {name for name, part in record.items() if part["status"] == "missing"}
     for source in sorted(folder.iterdir()):
-        publish_part(source, place / source.name)
+        if source.is_dir() and source.name not in absent:
+            publish_part(source, place / source.name)
+    kept = {name: part for name, part in record.items() if name not in absent}
+    results.write_text(place / RECORD, json.dumps(old | kept, indent=1) + "\n")
     return place
+
+
+def read_record(folder: Path) -> dict[str, dict]:
+    """How the parts in a folder ended; empty where nothing says so."""
+    path = folder / RECORD
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def publish_part(source: Path, place: Path) -> Path:

@@ -7,6 +7,7 @@ that is stopped leaves a complete picture of what it measured.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import shlex
 import signal
 import subprocess
@@ -45,20 +46,43 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--threads", type=int, default=0, help="CPU threads for both frameworks; 0: all cores")
     made.add_argument("--seed", type=int, default=0)
     made.add_argument("--out", type=Path, help="folder for the results")
+    made.add_argument("--no-figures", action="store_true", help="draw nothing; python -m bench report FOLDER does so")
     made.add_argument("--publish", action="store_true", help="copy the results to bench/results/<device>/cases")
-    made.add_argument("--resume", type=Path, metavar="FOLDER", help="go on with a run that was stopped")
+    made.add_argument(
+        "--resume",
+        type=Path,
+        metavar="FOLDER",
+        help="go on with a run that was stopped, by its own options; those given beside this are added to them",
+    )
     return made
+
+
+def resumed(folder: Path, argv: list[str]) -> tuple[dict, list[str]]:
+    """The run to go on with, and its options followed by those given now; the last of two values holds.
+
+    Raises: ValueError where there is no results file of the main job.
+    """
+    earlier = results.load(folder)
+    words = shlex.split(earlier["command"])
+    if words[:3] != ["python", "-m", "bench"]:
+        raise ValueError(f"{folder}: its command {earlier['command']!r} is not one to go on with")
+    only = argparse.ArgumentParser(add_help=False)
+    only.add_argument("--resume")
+    given = only.parse_known_args(argv)[1]
+    return earlier, words[3:] if given == words[3:] else [*words[3:], *given]
 
 
 def main(argv: list[str]) -> int:
     """Parse, run, draw, report. Returns 1 where a result was wrong, else 0."""
     made = parser()
-    arguments = made.parse_args(argv)
+    arguments, earlier = made.parse_args(argv), None
     try:
+        if folder := arguments.resume:
+            earlier, argv = resumed(folder, argv)
+            arguments = made.parse_args(argv)
         chosen = chosen_cases(arguments)
         for name in arguments.impl:
             adapters.find(name)
-        earlier = results.load(arguments.resume) if arguments.resume else None
     except ValueError as error:
         made.error(str(error))
     if arguments.list:
@@ -70,8 +94,8 @@ def main(argv: list[str]) -> int:
         device=arguments.device,
         total_s=total_s if arguments.minutes is None else 60 * arguments.minutes,
         quick=arguments.quick,
-        implementations=tuple(arguments.impl),
-        lengths=tuple(arguments.seq),
+        implementations=tuple(dict.fromkeys(arguments.impl)),
+        lengths=tuple(sorted(set(arguments.seq))),
         dtype=arguments.dtype,
         direction=arguments.direction,
         cold=arguments.cold,
@@ -82,11 +106,20 @@ def main(argv: list[str]) -> int:
     )
     command = shlex.join(["python", "-m", "bench", *argv])
     main_job = not (arguments.case or arguments.shape or arguments.impl or arguments.seq)
-    folder = arguments.resume or arguments.out
-    return measure(settings, chosen, folder, command, earlier, traffic=main_job, publish=arguments.publish)
+    extras = Extras(not arguments.no_figures, main_job and not arguments.quick, arguments.publish)
+    return measure(settings, chosen, folder or arguments.out, command, earlier, extras)
 
 
-def measure(settings, chosen, folder, command, earlier=None, *, traffic=False, publish=False) -> int:
+@dataclasses.dataclass(frozen=True)
+class Extras:
+    """What follows the measurements: figures, among them the picture of bytes moved, and publishing."""
+
+    figures: bool = True
+    traffic: bool = False
+    publish: bool = False
+
+
+def measure(settings, chosen, folder, command, earlier=None, extras=Extras()) -> int:
     """Run the cases and leave results, figures and reports in the folder, whose path is printed."""
     try:
         runner = run.Runner(settings, folder, command, earlier)
@@ -104,11 +137,11 @@ def measure(settings, chosen, folder, command, earlier=None, *, traffic=False, p
             runner.run(chosen)
         except KeyboardInterrupt:
             stopped = True
-    finish(runner.results, runner.folder, traffic=traffic and not stopped and not settings.quick)
+    finish(runner.results, runner.folder, figures=extras.figures, traffic=extras.traffic and not stopped)
     if stopped:
-        print(f"Stopped. To go on: {command} --resume {shlex.quote(str(runner.folder))}")
+        print(f"Stopped. To go on: python -m bench --resume {shlex.quote(str(runner.folder))}")
         return 130
-    if publish:
+    if extras.publish:
         place = run.ROOT / "bench/results" / gpu.target_slug(runner.results["environment"])
         print(f"Published: {gpu.publish_part(runner.folder, place / 'cases')}")
     wrong = [row for row in runner.results["rows"] if row["status"] == "wrong"]
@@ -117,15 +150,15 @@ def measure(settings, chosen, folder, command, earlier=None, *, traffic=False, p
     return 1 if wrong else 0
 
 
-def finish(data: dict, folder: Path, *, traffic: bool) -> None:
+def finish(data: dict, folder: Path, *, figures: bool, traffic: bool) -> None:
     """Figures and reports; says what was left out where a package is missing."""
     pictures = []
     try:
-        pictures += plot.draw(data, folder)
+        pictures += plot.draw(data, folder) if figures else []
         if traffic:
             pictures += traffic_picture(folder)
     except ImportError as error:
-        print(f"No figures: {error}. Install with pip install -e '.[all]', then python -m bench plot {folder}")
+        print(f"No figures: {error}. Install with pip install -e '.[all]', then python -m bench report {folder}")
     for key, rows in plot.groups(data).items():
         if any(results.measured(row) for row in rows):
             print(f"{plot.caption(key, rows)}: {report.findings(rows)}")
@@ -157,7 +190,7 @@ def chosen_cases(arguments: argparse.Namespace) -> list[cases.Case]:
         return [cases.custom(arguments.shape, arguments.mask or "causal")]
     if arguments.mask:
         raise ValueError("--mask goes with --shape; cases have their own masks")
-    return [cases.CASES[name] for name in arguments.case or [MAIN_CASE]]
+    return [cases.CASES[name] for name in dict.fromkeys(arguments.case or [MAIN_CASE])]
 
 
 def show_list() -> int:

@@ -22,7 +22,7 @@ class Style:
     """How an implementation is drawn everywhere. No two share a marker and line, so that grey paper will do."""
 
     colour: str
-    marker: str
+    marker: str | tuple[int, int, int]
     line: str = "-"
 
 
@@ -44,7 +44,7 @@ STYLES = {
     "torch-sdpa-efficient": Style("#009e73", "d"),
     "torch-sdpa-cudnn": Style("#005c42", "H"),
     "torch-flex": Style("#40c0a0", "8"),
-    "jaxattn-layer": Style("#d55e00", "s", "-."),
+    "jaxattn-layer": Style("#d55e00", (4, 1, 0), "-."),
     "hf-eager-layer": Style("#56b4e9", "d", "--"),
     "hf-sdpa-layer": Style("#004d80", "p", "-."),
 }
@@ -52,6 +52,7 @@ OTHERS = tuple(Style("#404040", marker, line) for line in ("-", "--", "-.") for 
 ORDER = {name: index for index, name in enumerate(STYLES)}
 
 KINDS = ("time", "tflops", "memory", "error", "bytes", "roofline")  # of figures, one group of rows each
+TIME = "time of one call, waited for (ms, median)"
 FASTER = 2.0  # flash (a tile of scores at a time) is to be more than so many times as fast as standard
 NEVER = math.inf
 
@@ -151,11 +152,12 @@ def name_of(key: tuple, many: Iterable[tuple]) -> str:
 
 def caption(key: tuple, rows: list[dict]) -> str:
     row, (_, mask, dtype, direction) = rows[0], key
+    queries = "" if row["queries"] == row["keys"] else f", {row['queries']} quer{'y' if row['queries'] == 1 else 'ies'}"
     heads = f"{row['heads']} heads of {row['head_dim']}"
     if row["kv_heads"] != row["heads"]:
-        heads += f" on {row['kv_heads']} key heads"
+        heads += f" on {row['kv_heads']} key head{'' if row['kv_heads'] == 1 else 's'}"
     direction = "" if direction == "forward" else ", forward + backward"
-    return f"B={row['batch']}, {heads}, {mask}, {dtype}{direction}"
+    return f"B={row['batch']}{queries}, {heads}, {mask}, {dtype}{direction}"
 
 
 def panels(rows: list[dict]):
@@ -216,7 +218,8 @@ def save(figure, path: Path) -> Path:
     import matplotlib.pyplot as plt
 
     figure.legend(loc="outside right center", fontsize=8, frameon=False)
-    figure.savefig(path, dpi=150)
+    with results.writing(path):
+        figure.savefig(path, dpi=150)
     plt.close(figure)
     return path
 
@@ -227,19 +230,22 @@ def time_figure(data: dict, key: tuple, rows: list[dict], path: Path) -> Path:
     for ax, part in parts:
         log_scale(ax.yaxis)
         lines(ax, data, part, lambda row: results.summary(row).time_ms)
-    parts[0][0].set_ylabel("time of one call (ms, median)")
-    ax = parts[0][0]
+        mark_crossover(ax, part)
+    parts[0][0].set_ylabel(TIME)
     mark_missing(data, parts)
-    length = crossover(rows)
-    if length == NEVER:
-        text = "flash more than 2x faster: never"
-        ax.text(0.98, 0.02, text, transform=ax.transAxes, ha="right", va="bottom", fontsize=8)
-    elif length is not None:
-        ax.axvline(length, color="#808080", linewidth=1, linestyle=(0, (6, 3)), zorder=0)
-        text = f"dashed grey: from length {length} on\nflash is more than 2x faster"
-        ax.text(0.98, 0.02, text, transform=ax.transAxes, ha="right", va="bottom", fontsize=8)
     figure.suptitle(f"{caption(key, rows)}\n{where(data)}", fontsize=10)
     return save(figure, path)
+
+
+def mark_crossover(ax, rows: list[dict]) -> None:
+    """A vertical line at the crossover; the panel's title, which nothing else can cover, says what it is."""
+    length = crossover(rows)
+    if length is None:
+        return
+    if length != NEVER:
+        ax.axvline(length, color="#808080", linewidth=1, linestyle=(0, (6, 3)), zorder=0)
+    when = "never" if length == NEVER else f"first at {length}"
+    ax.set_title(f"{ax.get_title()}\nflash more than {FASTER:g}x faster: {when}", fontsize=9)
 
 
 def does_not_fit(row: dict) -> bool:
@@ -288,6 +294,7 @@ def rate_figure(data: dict, key: tuple, rows: list[dict], path: Path) -> Path:
     figure, parts = panels(rows)
     rates = [results.summary(row).tflops for row in rows if results.measured(row)]
     small = max(rates) < 1
+    highest = max(rates) * (1e3 if small else 1)
     for ax, part in parts:
         lines(
             ax,
@@ -295,10 +302,11 @@ def rate_figure(data: dict, key: tuple, rows: list[dict], path: Path) -> Path:
             part,
             lambda row: None if not results.measured(row) else results.summary(row).tflops * (1e3 if small else 1),
         )
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(0, 1.05 * highest)  # one scale for both panels
     unit = "GFLOP/s" if small else "TFLOP/s"
-    halved = " (causal counts half)" if key[1] == "causal" else ""
-    parts[0][0].set_ylabel(f"{unit}{halved}")
+    halved = ", causal counts half" if key[1] == "causal" else ""
+    by = "device time" if any(row["device_times_s"] for row in rows) else "time of one call"
+    parts[0][0].set_ylabel(f"{unit} (by {by}{halved})")
     figure.suptitle(f"{caption(key, rows)}\n{where(data)}", fontsize=10)
     return save(figure, path)
 
@@ -363,7 +371,7 @@ def error_figure(data: dict, key: tuple, rows: list[dict], path: Path) -> Path:
     ax.set_ylim(0, 1.1)
     log_scale(ax.xaxis)
     ax.text(0.02, 1.01, "the accuracy rule's limit", transform=ax.get_yaxis_transform(), va="bottom", fontsize=8)
-    ax.set_xlabel("time of one call (ms, median)")
+    ax.set_xlabel(TIME)
     ax.set_ylabel("RMSE against float64 / allowed RMSE")
     ax.grid(True, which="major", color="#dddddd", linewidth=0.6)
     figure.suptitle(f"length {length}: {caption(key, rows)}\n{where(data)}", fontsize=10)
@@ -379,7 +387,6 @@ def masks_figure(data: dict, alike: dict[tuple, list[dict]], path: Path) -> Path
     )
     shown = set()
     for ax, (key, rows) in zip(axes[0], alike.items(), strict=True):
-        log_scale(ax.yaxis)
         lines(ax, data, rows, lambda row: results.summary(row).time_ms)
         for line in ax.get_lines():  # one entry in the legend for each look
             if line.get_label() in shown:
@@ -389,10 +396,13 @@ def masks_figure(data: dict, alike: dict[tuple, list[dict]], path: Path) -> Path
         ax.set_xscale("log", base=2)
         ax.set_xticks(lengths, [f"{length}" for length in lengths])
         ax.minorticks_off()
+        log_scale(ax.yaxis)
         ax.set_xlabel("sequence length")
         ax.set_title(", ".join([key[1], *(part for part in key[2:] if part != "forward")]), fontsize=9)
+        mark_crossover(ax, rows)
         ax.grid(True, which="major", color="#dddddd", linewidth=0.6)
-    axes[0][0].set_ylabel("time of one call (ms, median)")
+    axes[0][0].set_ylabel(TIME)
+    mark_missing(data, list(zip(axes[0], alike.values(), strict=True)))
     first = next(iter(alike.values()))[0]
     figure.suptitle(f"{first['case']}: {first['heads']} heads of {first['head_dim']}\n{where(data)}", fontsize=10)
     return save(figure, path)
@@ -413,9 +423,9 @@ def bytes_figure(data: dict, key: tuple, rows: list[dict], path: Path) -> Path:
     lengths = sorted({row["keys"] for row in rows})
     for ax, title in zip(axes, titles, strict=True):
         ax.set_xscale("log", base=2)
-        log_scale(ax.yaxis)
         ax.set_xticks(lengths, [f"{length}" for length in lengths])
         ax.minorticks_off()
+        log_scale(ax.yaxis)
         ax.set_xlabel("sequence length")
         ax.set_title(title, fontsize=9)
         ax.grid(True, which="major", color="#dddddd", linewidth=0.6)

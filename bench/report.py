@@ -69,7 +69,7 @@ def blocks(data: dict, pictures: list[Path]) -> list:
         parts.append(Paragraph(f"Case `{key[0]}`."))
         parts.append(Paragraph(findings(rows)))
         stem = plot.name_of(key, many)
-        for path in [path for path in left if path.stem in [f"{stem}-{kind}" for kind in plot.KINDS]]:
+        for path in [path for kind in plot.KINDS for path in left if path.stem == f"{stem}-{kind}"]:
             parts.append(Picture(path, f"{path.stem.removeprefix(stem + '-')}: {plot.caption(key, rows)}"))
             left.remove(path)
         measured = tuple(cells(row) for row in rows if results.measured(row))
@@ -79,12 +79,14 @@ def blocks(data: dict, pictures: list[Path]) -> list:
         if moved:
             parts.append(Paragraph("Bytes moved by the JAX rows, modelled by the profiler, not measured:"))
             parts.append(Table(TRAFFIC_COLUMNS, moved))
-        lost = tuple(
-            (row["label"], str(row["keys"]), row["status"], row["reason"]) for row in rows if not results.measured(row)
-        )
+        lost: dict[tuple[str, str, str], list[str]] = {}
+        for row in rows:
+            if not results.measured(row):
+                lost.setdefault((row["label"], row["status"], row["reason"]), []).append(str(row["keys"]))
         if lost:
+            cells_lost = tuple((label, ", ".join(keys), *why) for (label, *why), keys in lost.items())
             parts.append(Paragraph("Not measured, and why:"))
-            parts.append(Table(("implementation", "length", "status", "reason"), lost, left=4))
+            parts.append(Table(("implementation", "length", "status", "reason"), cells_lost, left=4))
     parts += [Picture(path, path.stem) for path in left]
     parts += [Heading("How these figures were taken"), Bullets(tuple(data["method"]))]
     return parts
@@ -181,7 +183,7 @@ def findings(rows: list[dict]) -> str:
         )
     elif length is not None:
         sentences.append(
-            f"Flash (a tile of scores at a time) is more than 2x faster than standard from length {length} on."
+            f"Flash (a tile of scores at a time) is more than 2x faster than standard first at length {length}."
         )
     both = speedup(alone)
     if both:
@@ -288,7 +290,7 @@ def write(data: dict, folder: Path, pictures: list[Path]) -> list[Path]:
 
 
 def main(argv: list[str]) -> int:
-    """Write the reports of a results file again, with the pictures beside it."""
+    """Draw a results file again and write its reports, with every picture beside it."""
     parser = argparse.ArgumentParser(prog="python -m bench report", description=main.__doc__)
     parser.add_argument("folder", type=Path, help="a run's folder")
     arguments = parser.parse_args(argv)
@@ -296,6 +298,10 @@ def main(argv: list[str]) -> int:
         data = results.load(arguments.folder)
     except ValueError as error:
         parser.error(str(error))
+    try:
+        plot.draw(data, arguments.folder)
+    except ImportError as error:
+        print(f"Nothing was drawn again: {error}. Install with pip install -e '.[all]'")
     for path in write(data, arguments.folder, sorted(arguments.folder.glob("*.png"))):
         print(path)
     return 0

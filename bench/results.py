@@ -7,6 +7,7 @@ one's place, so that a stopped run leaves a readable one.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -15,6 +16,10 @@ import statistics
 from pathlib import Path
 
 SCHEMA = 1
+# What makes two rows the same measurement, for --resume and compare.
+_SHAPE = ("batch", "queries", "keys", "heads", "kv_heads", "head_dim")
+KEY = ("case", "mask", *_SHAPE, "dtype", "direction", "cold", "implementation")
+CHECKOUT = "jaxattn, oracle, bench"  # what the digest of the checkout's code is called
 STOPPED = "stopped"  # the status of a row whose repeats a stopped run had begun; --resume measures it again
 MEASURED = ("ok", STOPPED)
 SMALLEST_NOISE = 0.05  # two runs of one program on one machine differ by this much with no reason at all
@@ -76,13 +81,11 @@ def summary(row: dict) -> Summary:
 
 def key(row: dict) -> tuple:
     """What makes two rows the same measurement: `cases.Problem.key`, from a row."""
-    names = "case mask batch queries keys heads kv_heads head_dim dtype direction cold implementation"
-    return tuple(row[name] for name in names.split())
+    return tuple(row[name] for name in KEY)
 
 
 def save(results: dict, folder: Path) -> None:
     """Write `results.json` so that a reader sees the old file or the new one, never a part."""
-    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "results.json", json.dumps(finite(results), indent=1, allow_nan=False) + "\n")
 
 
@@ -99,14 +102,32 @@ def finite(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+class WriteError(OSError):
+    """A file of results that cannot be written: where, and why."""
+
+
+@contextlib.contextmanager
+def writing(path: Path):
+    """What stands under it writes a file; where that is not possible, a WriteError names the file."""
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a file atomically: whole under another name, then renamed."""
+    """Write a file atomically: whole under another name, then renamed.
+
+    Raises: WriteError where that is not possible; the file is then as it was.
+    """
     new = path.with_name(path.name + ".new")
-    with new.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with new.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(path)
 
 
 def load(path: Path) -> dict:
@@ -120,11 +141,36 @@ def load(path: Path) -> dict:
         results = json.loads(path.read_text())
     except OSError as error:
         raise ValueError(f"{path}: no results here ({error.strerror}); give a run's folder or its JSON") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # text that is no JSON, or bytes that are no text
         raise ValueError(f"{path}: not JSON ({error})") from None
     if not isinstance(results, dict) or results.get("schema") != SCHEMA:
         raise ValueError(f"{path}: not a results file of schema {SCHEMA}")
+    parts = {"date": str, "command": str, "settings": dict, "environment": dict, "rows": list}
+    if absent := [name for name, kind in parts.items() if not isinstance(results.get(name), kind)]:
+        raise ValueError(f"{path}: not a whole results file, without {', '.join(absent)}")
+    names = {"status", "reason", "times_s", *KEY}
+    if any(not isinstance(row, dict) or names - row.keys() for row in results["rows"]):
+        raise ValueError(f"{path}: not a whole results file, it holds a row without {', '.join(sorted(names))}")
     return results
+
+
+def differences(one: dict, two: dict) -> list[tuple[str, object, object]]:
+    """What makes rows of two results files incomparable, as (name, in one, in the other): another machine, version,
+    code, seed or number of threads. A user's module is compared where both hold it.
+    """
+
+    def facts(data: dict) -> dict:
+        found, settings, code = data["environment"], data["settings"], data.get("code", {})
+        machine = {name: found.get(name) for name in ("device_name", "platform", "cores")}
+        versions = {"python": found.get("python"), **found["versions"]}
+        code = {f"code of {name}": digest for name, digest in code.items()}
+        return machine | versions | {name: settings.get(name) for name in ("seed", "threads")} | code
+
+    a, b = facts(one), facts(two)
+    alone = one.get("code", {}).keys() ^ two.get("code", {}).keys()
+    modules = {f"code of {name}" for name in alone - {CHECKOUT}}
+    names = [name for name in {**a, **b} if name not in modules]
+    return [(name, a.get(name), b.get(name)) for name in names if a.get(name) != b.get(name)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,6 +32,9 @@ MEMORY_SHARE = 0.85  # of the memory that is available, what a row may be predic
 START_S = 2.0  # predicted for starting a process and its frameworks, several at once
 FIRST_CALL_S = 60.0  # limit of one call that nothing predicts
 COMPILE_S = 180.0  # limit of compiling
+COMPILE_GUESS_S = 1.0  # predicted for compiling a JAX program of which nothing is known
+OVERTIME_S = 10.0  # what a step may take beyond the time for measuring, before it is given up
+CONTEXT_BYTES = 6 * 10**8  # that a process holds on a GPU beside its arrays
 JUDGE_S = 300.0  # limit of one float64 reference
 REPEATS = 10
 LENGTH_S = 20.0
@@ -265,15 +268,17 @@ class Runner:
             "commit": environment.commit(),
             "settings": dataclasses.asdict(settings) | {"threads": self.threads},
             "environment": found,
+            "code": environment.code(name.split(":")[-2] for name in settings.implementations if ":" in name),
             "method": method(self.device, self.threads),
             "rows": [],
         }
         if earlier is not None:
-            differs = differences(earlier, self.results)
-            if differs:
+            unlike = results.differences(earlier, self.results)
+            if unlike:
                 self.close()
-                raise RuntimeError(f"--resume: the earlier run is not comparable: {'; '.join(differs)}")
-            self.results["rows"] = [row for row in earlier["rows"] if row["status"] in DONE]
+                what = "; ".join(f"{name} was {then}, is {now}" for name, then, now in unlike)
+                raise RuntimeError(f"--resume: the earlier run is not comparable with this one: {what}")
+            self.results["rows"] = list(earlier["rows"])
             self.results["resumed"] = [*earlier.get("resumed", []), earlier["date"]]
         self.save()
 
@@ -291,9 +296,13 @@ class Runner:
 
     def save(self) -> None:
         """Write the results file; rows that are being timed stand in it as those of a run that was stopped now."""
-        begun = [one.row for one in self.under_way if not one.saved and results.measured(one.row)]
-        rows = [*self.results["rows"], *(row | INTERRUPTED for row in begun)]
-        results.save(self.results | {"rows": rows}, self.folder)
+        begun = {
+            one.problem.key(): one.row | INTERRUPTED
+            for one in self.under_way
+            if not one.saved and results.measured(one.row)
+        }
+        kept = [row for row in self.results["rows"] if results.key(row) not in begun]
+        results.save(self.results | {"rows": [*kept, *begun.values()]}, self.folder)
 
     def left_s(self) -> float:
         return self.settings.total_s - (time.monotonic() - self.start)
@@ -356,7 +365,7 @@ class Runner:
 
         What must run starts first: its first call corrects what later lengths are predicted to take.
         """
-        done = {results.key(row) for row in self.results["rows"]}
+        done = {results.key(row) for row in self.results["rows"] if row["status"] in DONE}
         waiting = []
         for problem in problems:
             if problem.key() in done:
@@ -474,9 +483,23 @@ class Runner:
         return measured_s * problem.flops() / best["flops"]
 
     def cost_s(self, problem: Problem, calls: int) -> float:
-        """Predicted seconds for a row: starting its process, and `calls` calls (one second where nothing is known)."""
+        """Predicted seconds for a row: starting its process, getting ready, and `calls` calls (one second where
+        nothing is known).
+        """
         predicted = self.predicted_s(problem)
-        return START_S + calls * (1.0 if predicted is None else predicted)
+        return START_S + self.ready_s(problem) + calls * (1.0 if predicted is None else predicted)
+
+    def ready_s(self, problem: Problem) -> float:
+        """Seconds that the implementation's last row took beside its calls: compiling, counting bytes (which
+        compiles once more), and what its first call took longer than the others.
+        """
+        for row in reversed([*self.results["rows"], *(one.row for one in self.under_way)]):
+            if row["implementation"] == problem.implementation and row.get("first_s"):
+                spent_s = sum(row.get(name) or 0.0 for name in ("compile_s", "build_s", "traffic_s"))
+                return spent_s + max(0.0, row["first_s"] - statistics.median(row["times_s"] or [row["first_s"]]))
+        if adapters.find(problem.implementation).framework != "jax":
+            return 0.0
+        return COMPILE_GUESS_S * (2 if self.settings.traffic else 1)
 
     def batches(self, admitted: list[Measurement]) -> Iterator[list[Measurement]]:
         """Rows that may live side by side: together they are predicted to fit in memory."""
@@ -484,6 +507,7 @@ class Runner:
         limit = MEMORY_SHARE * self.available_bytes()
         for one in admitted:
             need = one.row["predicted_bytes"] or one.problem.arrays_bytes()
+            need += CONTEXT_BYTES if self.device == "cuda" else 0
             if batch and total + need > limit:
                 yield batch
                 batch, total = [], 0
@@ -514,7 +538,7 @@ class Runner:
                 one.row["status"], one.row["reason"] = "skipped", "time: the rows before it took what was left"
             if one.row["status"] == "waiting":
                 progress.say(f"{one.problem.case} {one.problem.keys}: {one.row['label']}")
-                self.gate(one)
+                self.gate(one, reserved_s)
             if one.row["status"] != "ok":
                 self.finish(one, progress)
 
@@ -534,10 +558,21 @@ class Runner:
             return None
         return reply
 
-    def gate(self, one: Measurement) -> None:
-        """Compile, compare the compiler's bytes with the memory, call once, judge; "ok" if it may be timed."""
-        row, child = one.row, one.child
-        reply = self.step(one, lambda: child.ask("compile", COMPILE_S))
+    def within(self, one: Measurement, most_s: float, reserved_s: float, do: str, **request) -> dict | None:
+        """One request that may take `most_s`, less where little time is left; then a late one is skipped for time."""
+        limit_s = min(most_s, max(0.0, self.left_s() - reserved_s) + OVERTIME_S)
+        reply = self.step(one, lambda: one.child.ask(do, limit_s, **request))
+        if one.row["status"] == "timed out" and limit_s < most_s:
+            one.row["status"], one.row["reason"] = "skipped", f"time: its {do} did not end in the {limit_s:.0f} s left"
+        return reply
+
+    def gate(self, one: Measurement, reserved_s: float) -> None:
+        """Compile, compare the compiler's bytes with the memory, call once, judge; "ok" if it may be timed.
+
+        Bytes are counted last: what counting allocates is not in the peak of memory.
+        """
+        row = one.row
+        reply = self.within(one, COMPILE_S, reserved_s, "compile")
         if reply is None:
             return
         row |= reply
@@ -545,16 +580,9 @@ class Runner:
         if needed is not None and needed > limit:
             row["status"], row["reason"] = "skipped", memory_reason(needed, limit)
             return
-        if self.settings.traffic and row["framework"] == "jax":
-            try:
-                reply = child.ask("traffic", COMPILE_S)
-            except ChildFailure as failure:
-                row["status"], row["reason"] = failure.status, failure.reason
-                return
-            row["traffic"] = reply if reply.pop("ok") else {"reason": reply["reason"]}
         rows_path = str(self.scratch / "rows.npz")
         patience_s = max(FIRST_CALL_S, 10 * (row.get("predicted_s") or 0))
-        reply = self.step(one, lambda: child.ask("first", patience_s, rows_path=rows_path))
+        reply = self.within(one, patience_s, reserved_s, "first", rows_path=rows_path)
         if reply is None:
             return
         row |= reply
@@ -567,6 +595,13 @@ class Runner:
             if not reply["right"]:
                 row["status"], row["reason"] = "wrong", reply["reason"]
                 return
+        if self.settings.traffic and row["framework"] == "jax":
+            start = time.monotonic()
+            reply = self.within(one, COMPILE_S, reserved_s, "traffic")
+            row["traffic_s"] = time.monotonic() - start
+            if reply is None:
+                return
+            row["traffic"] = reply
         row["status"] = "ok"
 
     def ask_judge(self, do: str, **request) -> dict:
@@ -604,32 +639,20 @@ class Runner:
             self.save()
 
     def finish(self, one: Measurement, progress: Progress) -> None:
-        """A row is final: its process ends, and it goes to the disk. Once: a second time does nothing."""
+        """A row is final: its process ends, and it goes to the disk. Once: a second time does nothing.
+
+        It takes the place of an earlier run's row, unless that has repeats and this one has none.
+        """
         one.close()
         if one.saved:
             return
         one.saved = True
-        self.results["rows"].append(one.row)
+        old = [row for row in self.results["rows"] if results.key(row) == one.problem.key()]
+        if not (any(map(results.measured, old)) and one.row["status"] == "skipped"):
+            self.results["rows"] = [row for row in self.results["rows"] if row not in old] + [one.row]
         self.results["seconds"] = time.monotonic() - self.start
         self.save()
         progress.done(one.row)
-
-
-def differences(earlier: dict, now: dict) -> list[str]:
-    """What makes rows of two runs incomparable: device, versions, commit, seed or threads."""
-
-    def facts(data: dict) -> dict:
-        found, settings = data["environment"], data["settings"]
-        return {
-            "device": found["device_name"],
-            "versions": found["versions"],
-            "commit": data["commit"],
-            "seed": settings["seed"],
-            "threads": settings["threads"],
-        }
-
-    pairs = zip(facts(earlier).items(), facts(now).values(), strict=True)
-    return [f"its {name} is {then}, here it is {this}" for (name, then), this in pairs if then != this]
 
 
 def memory_reason(needed: float, limit: float) -> str:
@@ -647,7 +670,8 @@ def method(device: str, threads: int) -> list[str]:
         "so that attention is peaked.",
         "Each measurement in a fresh process; the processes of one length are timed in turns, one call each. "
         "The first call warms up and is not counted; JAX compiles before it, torch (FlexAttention) in it.",
-        "TFLOP/s: 4 * H for each (query, key) pair that the mask allows; causal counts half of T * S.",
+        "TFLOP/s: 4 * H for each (query, key) pair that the mask allows; causal counts half of T * S; a layer adds 2 "
+        "for each weight and token.",
         "float32 products are full float32 in both frameworks: TF32 is off.",
         "torch runs under inference_mode; its keys are not copied for grouped heads where it takes them grouped.",
     ]
@@ -656,7 +680,10 @@ def method(device: str, threads: int) -> list[str]:
             "End to end: one call and a wait for the device. Device: calls queued for about 20 ms and one wait, "
             "per call; the same way for both frameworks."
         )
-        lines.append("Memory: the peak of each framework's own allocator, inputs included.")
+        lines.append(
+            "Memory: the peak of each framework's own allocator, inputs included; XLA's also counts what it tried out "
+            "while it compiled."
+        )
     else:
         lines.append(f"{threads} threads for both frameworks; a call's time is end to end, waited for.")
         lines.append("Memory: peak resident memory above what the process held before its inputs.")

@@ -15,6 +15,28 @@ def wrong(query, key, value, is_causal=False, mask=None):
     return jax.nn.dot_product_attention(query, key, value, implementation="xla")
 
 
+def short(query, key, value, **arguments):
+    """Gives the first five queries only."""
+    return right(query, key, value, **arguments)[:, :5]
+
+
+def halved(query, key, value, **arguments):
+    """Gives another dtype than it was given."""
+    return right(query, key, value, **arguments).astype(jnp.bfloat16)
+
+
+def twice(query, key, value, **arguments):
+    return (right(query, key, value, **arguments), 1.0)
+
+
+def nothing(query, key, value, **arguments):
+    return None
+
+
+def torch_double(query, key, value, **arguments):
+    return torch_right(query, key, value, **arguments).double()
+
+
 def crashing(query, key, value, **arguments):
     os.abort()
 

@@ -58,6 +58,24 @@ def test_the_longest_sequence_fits_and_the_next_does_not():
             assert calculators.score_bytes(n, heads=model.heads) <= free
             assert calculators.score_bytes(n + 1, heads=model.heads) > free
             assert calculators.flash_needed_from(device, model) == n + 1
+            for weights, room in ((True, free), (False, device)):
+                n = calculators.longest_flash(device, model, weights=weights)
+                assert calculators.kv_cache_bytes(n, model) <= room < calculators.kv_cache_bytes(n + 1, model)
+                n = calculators.longest_standard(device, model, every_layer=True, weights=weights)
+                sizes = [calculators.score_bytes(m, heads=model.heads, layers=model.layers) for m in (n, n + 1)]
+                assert sizes[0] <= room < sizes[1]
+
+
+def test_longest_sequences_of_llama_3_2_1b_on_other_gpus():
+    model, longest = MODELS["llama-3.2-1b"], calculators.longest_standard
+    found = {
+        name: (longest(size, model, every_layer=True), longest(size, model), calculators.longest_flash(size, model))
+        for name, size in DEVICES.items()
+    }
+    # 16, 80 and 141 GB less 2,471,628,800 bytes of weights; 1,024 or 64 bytes for n^2; 32,768 bytes a cached token
+    of_80_gb = (8_701, 34_804, 2_365_978)
+    expected = {"t4": (3_634, 14_538, 412_853), "a100": of_80_gb, "h100": of_80_gb}
+    assert found == expected | {"h200": (11_631, 46_524, 4_227_550)}
 
 
 def test_llama_3_2_1b_weights_from_its_shapes():

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import json
 import math
 import subprocess
 import sys
@@ -108,15 +109,29 @@ def test_a_results_file_is_json_even_where_an_error_is_nan(example, tmp_path):
     assert results.load(tmp_path)["rows"][0]["error"] == {"rmse": None, "bound": None}
 
 
-def test_runs_on_other_devices_versions_commits_seeds_or_threads_are_not_mixed(example):
+@pytest.mark.parametrize(
+    ("place", "name"),
+    [("environment", name) for name in ("device_name", "platform", "cores", "python")]
+    + [("environment/versions", "jax"), ("settings", "seed"), ("settings", "threads"), ("code", results.CHECKOUT)]
+    + [("code", "mine")],
+)
+def test_runs_on_other_machines_versions_code_seeds_or_threads_are_told_apart(example, place, name):
     example["settings"] |= {"seed": 0}
-    assert run.differences(example, copy.deepcopy(example)) == []
-    for path in ("environment/device_name", "environment/versions", "commit", "settings/seed", "settings/threads"):
-        other = copy.deepcopy(example)
-        *folders, name = path.split("/")
-        place = other[folders[0]] if folders else other
-        place[name] = "another"
-        assert len(run.differences(example, other)) == 1, path
+    example["code"] = {results.CHECKOUT: "1", "mine": "2"}
+    assert results.differences(example, copy.deepcopy(example)) == []
+    other = copy.deepcopy(example)
+    inner = other
+    for folder in place.split("/"):
+        inner = inner[folder]
+    before, inner[name] = inner.get(name), "another"
+    called = f"code of {name}" if place == "code" else name
+    assert results.differences(example, other) == [(called, before, "another")]
+
+
+def test_another_function_of_the_user_is_no_difference_but_unknown_code_is(example):
+    one, two = (copy.deepcopy(example) | {"code": {results.CHECKOUT: "1", name: "2"}} for name in ("mine", "yours"))
+    assert results.differences(one, two) == []
+    assert [name for name, *_ in results.differences(example, one)] == [f"code of {results.CHECKOUT}"]
 
 
 def test_figures_are_drawn_and_hold_what_was_not_measured_as_hollow_markers(example, tmp_path, monkeypatch):
@@ -150,6 +165,29 @@ def test_a_layer_that_does_not_fit_in_memory_is_in_both_figures(example, tmp_pat
         assert [(line.get_marker(), list(line.get_xdata())) for line in hollow] == [("d", [16384])], kind
         assert attention.get_ylim() == layers.get_ylim()
         assert [line.get_label() for line in layers.get_lines()].count("HF eager layer") == 1  # in the legend, once
+
+
+def test_rates_of_both_panels_are_inside_their_one_scale(example, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(plot, "save", lambda figure, path: drawn.setdefault(path.name, figure) and path)
+    example["rows"].append(row("jaxattn-blockwise", 1024, (0.01,), layer=True, implementation="jaxattn-layer"))
+    plot.draw(example, tmp_path)
+    for ax in drawn["llama-3.2-1b-tflops.png"].axes:
+        lowest, highest = ax.get_ylim()
+        rates = [y for line in ax.get_lines() for y in line.get_ydata()]
+        assert rates
+        assert all(lowest <= rate <= highest for rate in rates)
+
+
+def test_the_figure_of_all_masks_shows_what_does_not_fit_and_where_flash_wins(example, tmp_path, monkeypatch):
+    drawn = {}
+    monkeypatch.setattr(plot, "save", lambda figure, path: drawn.setdefault(path.name, figure) and path)
+    example["rows"] += [one | {"mask": "full", "times_s": one["times_s"][:1]} for one in example["rows"]]
+    plot.draw(example, tmp_path)
+    for ax, mask in zip(drawn["llama-3.2-1b-masks.png"].axes, ("causal", "full"), strict=True):
+        assert ax.get_title() == f"{mask}, float32\nflash more than 2x faster: first at 4096"
+        hollow = [line for line in ax.get_lines() if line.get_markerfacecolor() == "none"]
+        assert [(line.get_marker(), list(line.get_xdata())) for line in hollow] == [("o", [16384])]
 
 
 @pytest.mark.parametrize(
@@ -227,12 +265,14 @@ def test_figures_say_never_where_flash_is_never_twice_as_fast(tmp_path, monkeypa
     figures = []
     monkeypatch.setattr(plot, "save", lambda figure, path: figures.append(figure) or path)
     plot.draw(data([row("jaxattn-naive", 64, (1.0,)), row("jaxattn-blockwise", 64, (1.0,))]), tmp_path)
-    assert any("never" in text.get_text() for text in figures[0].axes[0].texts)
+    assert figures[0].axes[0].get_title() == "attention\nflash more than 2x faster: never"
 
 
 def test_no_two_implementations_look_alike_on_grey_paper():
     looks = [(style.marker, style.line) for style in (*plot.STYLES.values(), *plot.OTHERS)]
     assert len(set(looks)) == len(looks)
+    counted = [look.marker for name, look in plot.STYLES.items() if not name.startswith(("torch", "hf"))]
+    assert len(set(counted)) == len(counted)  # in the figure of bytes every line is dotted
 
 
 def test_plotting_imports_no_framework(example, tmp_path):
@@ -246,7 +286,7 @@ def test_plotting_imports_no_framework(example, tmp_path):
     finished = subprocess.run([sys.executable, "-c", code], cwd=run.ROOT, capture_output=True, text=True, check=True)
     assert finished.stdout.strip() == "[]"
     text = (tmp_path / "report.md").read_text()
-    assert "more than 2x faster than standard from length 4096" in text
+    assert "more than 2x faster than standard first at length 4096" in text
     assert "Speedup at n=4096: 4.10x (jaxattn blockwise over jaxattn naive)" in text
     assert "| jaxattn naive | 16384 | skipped | memory: 103.4 GB predicted, 17.0 GB may be used |" in text
     page = (tmp_path / "report.html").read_text()
@@ -278,12 +318,54 @@ def test_compare_tells_noise_from_difference(example, tmp_path, capsys):
     assert compare.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 1
 
 
-@pytest.mark.parametrize(("text", "problem"), [(None, "no results here"), ("{", "not JSON"), ("{}", "schema")])
-def test_a_file_that_is_no_results_file_is_named(text, problem, tmp_path):
-    if text is not None:
-        (tmp_path / "results.json").write_text(text)
-    with pytest.raises(ValueError, match=problem):
+def test_compare_says_what_else_differs_and_what_only_one_file_holds(example, tmp_path, capsys):
+    other = copy.deepcopy(example)
+    other["environment"]["device_name"] = "Other CPU"
+    other["rows"][0]["case"] = "mqa"
+    results.save(example, tmp_path / "a")
+    results.save(other, tmp_path / "b")
+    assert compare.main([str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    printed = capsys.readouterr().out
+    assert "The runs differ in more than their times:\n  device_name: Test CPU in A, Other CPU in B\n" in printed
+    assert "Only in A: 1 measurements of llama-3.2-1b.\nOnly in B: 1 measurements of mqa.\n" in printed
+    assert compare.main([str(tmp_path / "a"), str(tmp_path / "a")]) == 0
+    printed = capsys.readouterr().out
+    assert "differ" not in printed
+    assert "Only" not in printed
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (None, "no results here"),
+        (b"{", "not JSON"),
+        (b"\xff\x00", "not JSON"),
+        (b"{}", "schema"),
+        (b'{"schema": 1, "rows": []}', "not a whole results file, without date, command, settings, environment"),
+        ({"rows": [{"status": "ok"}]}, "a row without"),
+        ({"rows": [3]}, "a row without"),
+        ({"rows": None}, "without rows"),
+    ],
+)
+def test_a_file_that_is_no_results_file_is_named(content, problem, tmp_path):
+    if isinstance(content, dict):
+        content = json.dumps(data([]) | content).encode()
+    if content is not None:
+        (tmp_path / "results.json").write_bytes(content)
+    with pytest.raises(ValueError, match=problem) as caught:
         results.load(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_what_cannot_be_written_is_named_in_one_line(example, tmp_path, capsys, monkeypatch):
+    from bench import __main__
+
+    monkeypatch.setattr(plot, "draw", lambda data, folder: [])
+    results.save(example, tmp_path)
+    (tmp_path / "report.md.new").mkdir()  # in the way of the file of that name
+    assert __main__.main(["report", str(tmp_path)]) == 2
+    expected = f"{tmp_path}/report.md cannot be written: Is a directory; what was written before is whole\n"
+    assert capsys.readouterr().err == expected
 
 
 def test_numbers_keep_three_digits():

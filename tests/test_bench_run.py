@@ -5,6 +5,7 @@ Runs real child processes at tiny shapes; the predictions of memory are compared
 
 import dataclasses
 import json
+import shlex
 import sys
 
 import pytest
@@ -32,7 +33,7 @@ def mixed(tmp_path_factory):
     known = ("jaxattn-triton", "torch-sdpa-efficient")
     brought = ("right", "wrong", "crashing", "too_large", "wasteful")
     names = (*known, *(FUNCTIONS + name for name in brought), f"torch:{FUNCTIONS}torch_right", CRASHING_LATER)
-    with runner(tmp_path, implementations=names) as one:
+    with runner(tmp_path, repeats=6, implementations=names) as one:
         one.run([TINY])
     return results.load(tmp_path / "run")
 
@@ -106,16 +107,39 @@ def test_the_file_holds_what_the_figures_were_taken_on(mixed):
 def test_a_resumed_run_measures_only_what_is_not_done(mixed, tmp_path):
     again = (FUNCTIONS + "right", FUNCTIONS + "crashing", "jaxattn-triton")
     with runner(tmp_path, earlier=mixed, implementations=again) as one:
-        kept = [row["implementation"] for row in one.results["rows"]]
-        assert FUNCTIONS + "right" in kept
-        assert FUNCTIONS + "crashing" not in kept
         started = one.started
         one.run([TINY])
         assert one.started == started + 1
         data = one.results
     assert row_of(data, FUNCTIONS + "right") == row_of(mixed, FUNCTIONS + "right")
     assert row_of(data, FUNCTIONS + "crashing")["status"] == "crashed"
+    assert data["rows"][-1]["implementation"] == FUNCTIONS + "crashing"  # the row of this run, and no other
+    assert len(data["rows"]) == len(mixed["rows"])
     assert data["resumed"] == [mixed["date"]]
+
+
+def test_a_run_of_another_machine_seed_and_code_is_not_gone_on_with(mixed, tmp_path):
+    names = {"environment": "device_name", "settings": "seed", "code": results.CHECKOUT}
+    other = mixed | {part: mixed[part] | {name: "another"} for part, name in names.items()}
+    with pytest.raises(RuntimeError, match="--resume: the earlier run is not comparable with this one") as caught:
+        runner(tmp_path, earlier=other)
+    for name in ("device_name", "seed", f"code of {results.CHECKOUT}"):
+        assert f"{name} was another, is " in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_gone_on_with_by_its_own_options(mixed, tmp_path):
+    argv = ["--case", "decode", "--seq", "64", "--seed", "3", "--out", "elsewhere"]
+    results.save(mixed | {"command": shlex.join(["python", "-m", "bench", *argv])}, tmp_path)
+    resume = ["--resume", str(tmp_path)]
+    assert measure.resumed(tmp_path, resume)[1] == argv
+    assert measure.resumed(tmp_path, [*argv, *resume])[1] == argv  # repeated, as one may
+    options = measure.resumed(tmp_path, ["--minutes", "2", *resume, "--seed", "4"])[1]
+    assert options == [*argv, "--minutes", "2", "--seed", "4"]
+    assert measure.parser().parse_args(options).seed == 4
+    results.save(mixed, tmp_path)
+    with pytest.raises(ValueError, match="its command 'a test' is not one to go on with"):
+        measure.resumed(tmp_path, resume)
 
 
 def test_repeats_are_on_the_disk_after_each_round_and_are_no_finished_row(tmp_path, monkeypatch):
@@ -139,8 +163,9 @@ def test_repeats_are_on_the_disk_after_each_round_and_are_no_finished_row(tmp_pa
         assert results.measured(row)
     assert 0 < len(row_of(second, name)["times_s"]) < len(row_of(third, name)["times_s"]) < len(final["times_s"])
     assert final["status"] == "ok"
-    with runner(tmp_path / "again", earlier=third) as one:
-        assert one.results["rows"] == []
+    with runner(tmp_path / "again", earlier=third, total_s=0, implementations=(name,)) as one:
+        one.run([dataclasses.replace(TINY, always=False)])
+    assert one.results["rows"] == third["rows"]  # without time for more, what there was is not lost
 
 
 def test_a_row_that_was_being_timed_when_the_run_was_stopped_is_measured_again(tmp_path, monkeypatch):
@@ -185,6 +210,26 @@ def test_bytes_are_counted_beside_the_times_and_drawn(tmp_path):
     assert "custom-roofline.png" in [path.name for path in plot.draw(data, tmp_path)]
 
 
+@pytest.mark.parametrize(
+    ("name", "given"),
+    [
+        (FUNCTIONS + "short", "float32[1, 5, 4, 16]"),
+        (FUNCTIONS + "halved", "bfloat16[1, 64, 4, 16]"),
+        (FUNCTIONS + "twice", "float32[1, 64, 4, 16] and float32[]"),
+        (FUNCTIONS + "nothing", "NoneType"),
+        (f"torch:{FUNCTIONS}torch_double", "float64[1, 64, 4, 16]"),
+    ],
+)
+def test_a_result_of_the_wrong_form_is_wrong_and_both_forms_are_named(name, given, tmp_path):
+    server = child.Server()
+    server.load(Problem("c", name, 1, 64, 64, 4, 2, 16, "causal", "float32", "cpu").__dict__)
+    server.compile()
+    with pytest.raises(child.WrongForm) as caught:
+        server.first(str(tmp_path / "rows.npz"))
+    assert child.describe(caught.value) == f"it gives {given}; float32[1, 64, 4, 16] is needed"
+    assert child.classify(caught.value) == "wrong"
+
+
 def test_without_time_only_the_tiled_implementation_runs(tmp_path):
     with runner(tmp_path, total_s=0, implementations=("jaxattn-naive", "jaxattn-blockwise")) as one:
         one.run([TINY])
@@ -192,7 +237,7 @@ def test_without_time_only_the_tiled_implementation_runs(tmp_path):
     assert row_of(data, "jaxattn-blockwise")["status"] == "ok"
     naive = row_of(data, "jaxattn-naive")
     assert naive["status"] == "skipped"
-    assert naive["reason"] == "time: about 4 s predicted, 0 s left"
+    assert naive["reason"] == "time: about 5 s predicted, 0 s left"
 
 
 def test_what_cannot_fit_is_skipped_before_anything_is_started(tmp_path, monkeypatch):
@@ -265,8 +310,10 @@ def test_cold_inputs_rotate_through_more_than_a_cache(tmp_path):
     problem = Problem("c", "jaxattn-naive", 1, 512, 512, 32, 8, 64, "causal", "float32", "cpu", threads=2, cold=True)
     server.load(problem.__dict__)
     server.compile()
+    session, copies = server.session, []
+    session.peak_bytes = lambda: copies.append(len(session.rotated)) or 0
     server.first(str(tmp_path / "rows.npz"))
-    session = server.session
+    assert copies == [1]  # the peak of memory is that of one call, without the other copies
     assert len(session.rotated) * problem.arrays_bytes() > child.CACHE_BYTES
     pointers = {inputs[0].unsafe_buffer_pointer() for inputs in session.rotated}
     assert len(pointers) == len(session.rotated)
@@ -312,6 +359,40 @@ def test_time_is_predicted_from_the_shorter_length_and_the_flops(tmp_path):
     assert one.predicted_s(short) is None
 
 
+@pytest.mark.parametrize(("traffic", "guess_s"), [(False, 1.0), (True, 2.0)])
+def test_compiling_is_predicted_and_counting_bytes_compiles_once_more(traffic, guess_s):
+    one = run.Runner.__new__(run.Runner)
+    one.settings, one.under_way, one.results = run.Settings(traffic=traffic), [], {"rows": []}
+    names = ("jaxattn-naive", "torch-eager")
+    ours, theirs = (Problem("c", name, 1, 64, 64, 2, 2, 16, "causal", "float32", "cpu") for name in names)
+    assert one.cost_s(ours, 2) == run.START_S + guess_s + 2.0
+    assert one.cost_s(theirs, 2) == run.START_S + 2.0
+    row = {"implementation": "jaxattn-naive", "case": "another", "first_s": 0.9, "times_s": [0.5], "compile_s": 3.0}
+    one.results["rows"] = [row, row | {"traffic_s": 4.0}, row | {"implementation": "torch-eager", "compile_s": None}]
+    one.results["rows"] = [dataclasses.asdict(ours) | row for row in one.results["rows"]]
+    assert one.ready_s(ours) == pytest.approx(3.0 + 4.0 + 0.4)
+    assert one.ready_s(theirs) == pytest.approx(0.4)
+
+
+def test_a_step_that_outlasts_the_time_left_is_skipped_for_time(monkeypatch):
+    one = run.Runner.__new__(run.Runner)
+    monkeypatch.setattr(one, "left_s", lambda: 30.0, raising=False)
+    asked = []
+
+    class Late:
+        def ask(self, do, timeout_s):
+            asked.append((do, timeout_s))
+            raise run.ChildFailure("timed out", f"no answer within {timeout_s:.0f} s")
+
+    problem = Problem("c", "x", 1, 64, 64, 2, 2, 16, "causal", "float32", "cpu")
+    short, enough = (run.Measurement(problem, {"status": "waiting", "reason": ""}, Late()) for _ in range(2))
+    assert one.within(short, 180.0, 25.0, "compile") is None
+    assert (short.row["status"], short.row["reason"]) == ("skipped", "time: its compile did not end in the 15 s left")
+    assert one.within(enough, 20.0, 0.0, "first") is None
+    assert enough.row["status"] == "timed out"
+    assert asked == [("compile", 15.0), ("first", 20.0)]
+
+
 def test_a_child_that_does_not_answer_is_ended(tmp_path, monkeypatch):
     monkeypatch.setattr(run.sys, "executable", "/bin/sleep")
     monkeypatch.setattr(run.subprocess, "Popen", lambda argv, **options: POPEN(["/bin/sleep", "60"], **options))
@@ -326,14 +407,15 @@ POPEN = run.subprocess.Popen
 
 
 def test_results_are_replaced_whole(tmp_path, monkeypatch):
-    results.save({"schema": 1, "rows": [1]}, tmp_path)
+    whole = {"schema": 1, "date": "first", "command": "", "settings": {}, "environment": {}, "rows": []}
+    results.save(whole, tmp_path)
     with pytest.raises(TypeError):
-        results.save({"schema": 1, "rows": [object()]}, tmp_path)
-    assert results.load(tmp_path)["rows"] == [1]
+        results.save(whole | {"rows": [object()]}, tmp_path)
+    assert results.load(tmp_path)["date"] == "first"
     monkeypatch.setattr(results.os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        results.save({"schema": 1, "rows": [2]}, tmp_path)
-    assert results.load(tmp_path)["rows"] == [1]
+    with pytest.raises(results.WriteError, match="json cannot be written: disk full"):
+        results.save(whole | {"date": "second"}, tmp_path)
+    assert results.load(tmp_path)["date"] == "first"
 
 
 @pytest.mark.parametrize(
