@@ -12,6 +12,8 @@ import dataclasses
 import functools
 import shlex
 import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -19,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bench import cases, gpu, measure, pairs, results, run
+from bench import cases, environment, gpu, measure, pairs, results, run
 from jaxattn import Blockwise, Causal, Full, Window, dot_product_attention
 from jaxattn.impl.blockwise import default_blocks
 
@@ -87,53 +89,89 @@ PARTS = {
 }
 
 
-def product_flops_per_s() -> float:
-    """Operations a second of JAX's product of two float32 matrices of `PRODUCT` rows: the best of five."""
+def product_flops_per_s(threads: int) -> float:
+    """Operations a second of JAX's product of two float32 matrices of `PRODUCT` rows, in a process like a row's own."""
+    code = "from bench import cpu; print(cpu.time_product())"
+    found = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=run.ROOT,
+        env=run.child_environment("cpu", threads or environment.cores()),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return 2 * PRODUCT**3 / float(found.stdout)
+
+
+def time_product() -> float:
+    """Seconds of the product: the median of several, after one that warms up."""
     multiply = jax.jit(lambda a: jnp.matmul(a, a, precision=jax.lax.Precision.HIGHEST))
     a = jnp.ones((PRODUCT, PRODUCT), jnp.float32)
+    multiply(a).block_until_ready()
     seconds = []
-    for _ in range(6):
+    for _ in range(7):
         start = time.perf_counter()
         multiply(a).block_until_ready()
         seconds.append(time.perf_counter() - start)
-    return 2 * PRODUCT**3 / min(seconds[1:])
+    return statistics.median(seconds)
 
 
-# Where the rule of block sizes is tried: (T, S, N, K, H, mask).
+# Where the rule of block sizes is tried: (T, S, N, K, H, mask, dtype, with gradients).
 SWEEP = (
-    (4096, 4096, 8, 8, 64, Causal()),
-    (4096, 4096, 32, 8, 64, Causal()),
-    (4096, 4096, 16, 4, 128, Causal()),
-    (16384, 16384, 8, 8, 64, Window(255, 0)),
-    (1, 16384, 32, 8, 64, Full()),
+    (4096, 4096, 8, 8, 64, Causal(), "float32", False),
+    (4096, 4096, 8, 8, 64, Full(), "float32", False),
+    (4096, 4096, 8, 2, 64, Causal(), "float32", False),
+    (4096, 4096, 4, 1, 128, Causal(), "float32", False),
+    (4096, 4096, 4, 4, 64, Causal(), "float32", True),
+    (2048, 2048, 8, 2, 64, Causal(), "float32", True),
+    (2048, 2048, 8, 2, 64, Causal(), "bfloat16", False),
+    (16384, 16384, 2, 2, 64, Window(255, 0), "float32", False),
+    (1, 16384, 32, 8, 64, Full(), "float32", False),
 )
 BLOCKS = tuple((rows, block_k) for rows in (128, 256, 512, 1024, 2048) for block_k in (128, 256, 512, 1024, 8192))
 
 
 def sweep(rounds: int) -> None:
     """Prints the times of all `BLOCKS` (rows over the heads of a group, keys) and of the rule's choice, interleaved."""
-    for T, S, N, K, H, mask in SWEEP:
+    for T, S, N, K, H, mask, dtype, gradients in SWEEP:
         rng = np.random.default_rng(0)
-        q, k, v = (jnp.asarray(rng.standard_normal((1, *shape, H), np.float32)) for shape in ((T, N), (S, K), (S, K)))
+        arrays = [jnp.asarray(rng.standard_normal((1, *shape, H)), dtype) for shape in ((T, N), (S, K), (S, K))]
         rule = default_blocks(mask, T, S, N // K)
         chosen = {rule} | {(min(T, max(rows * K // N, 1)), min(S, keys)) for rows, keys in BLOCKS}
         calls = {}
         for blocks in sorted(chosen):
-            call = jax.jit(functools.partial(dot_product_attention, mask=mask, implementation=Blockwise(*blocks)))
-            calls[blocks] = functools.partial(call.lower(q, k, v).compile(), q, k, v)
-            calls[blocks]().block_until_ready()
+            attend = functools.partial(dot_product_attention, mask=mask, implementation=Blockwise(*blocks))
+            call = jax.jit(functools.partial(_with_gradients, attend) if gradients else attend)
+            calls[blocks] = functools.partial(call.lower(*arrays).compile(), *arrays)
+            jax.block_until_ready(calls[blocks]())
         seconds: dict[tuple[int, int], list[float]] = {blocks: [] for blocks in calls}
         for _ in range(rounds):
             for blocks, call in calls.items():
                 start = time.perf_counter()
-                call().block_until_ready()
+                jax.block_until_ready(call())
                 seconds[blocks].append(time.perf_counter() - start)
         medians = {blocks: statistics.median(times) for blocks, times in seconds.items()}
         best = min(medians, key=medians.get)
-        print(f"T={T} S={S} N={N} K={K} H={H} {mask}")
+        what = "forward + backward" if gradients else "forward"
+        print(f"T={T} S={S} N={N} K={K} H={H} {mask}, {dtype}, {what}: the rule's {medians[rule] / medians[best]:.2f}x")
         for blocks, median in sorted(medians.items(), key=lambda item: item[1]):
             note = "  the rule's" if blocks == rule else ""
             print(f"    {blocks[0]:>5} x {blocks[1]:<6}{median * 1e3:>10.1f} ms{median / medians[best]:>7.2f}x{note}")
+
+
+def _with_gradients(attend, *arrays):
+    out, pullback = jax.vjp(attend, *arrays)
+    return pullback(out)
+
+
+def chosen_cases(part: Part, lengths: list[int]) -> list[cases.Case]:
+    """The part's cases at those of their lengths that are asked for; all of them where none are."""
+    chosen = []
+    for case in part.cases:
+        found = tuple(n for n in case.lengths if not lengths or n in lengths)
+        if found:
+            chosen.append(dataclasses.replace(case, lengths=found))
+    return chosen
 
 
 def main(argv: list[str]) -> int:
@@ -160,8 +198,12 @@ def main(argv: list[str]) -> int:
         parser.error(str(error))
     folder, command = options.resume or options.out, shlex.join(["python", "-m", "bench", "cpu", *argv])
     end = time.monotonic() + 60 * options.minutes
-    rates = []
-    for name in options.part or PARTS:
+    names = [name for name in options.part or PARTS if chosen_cases(PARTS[name], options.seq)]
+    if not names:
+        parser.error(f"--seq {options.seq}: no part that is asked for has such a length")
+    rates = [data["product_flops_per_s"]] if data else []
+    whole: dict = {}  # what is true of all parts, which share one file
+    for name in names:
         part = PARTS[name]
         print(f"{name}: {part.text}", flush=True)
         settings = run.Settings(
@@ -173,24 +215,26 @@ def main(argv: list[str]) -> int:
             threads=options.threads,
             length_s=float("inf"),
         )
-        chosen = []
-        for case in part.cases:
-            lengths = tuple(n for n in case.lengths if not options.seq or n in options.seq)
-            if lengths:
-                chosen.append(dataclasses.replace(case, lengths=lengths))
-        rates.append(product_flops_per_s())
+        rates.append(product_flops_per_s(options.threads))
         try:
             with run.Runner(settings, folder, command, data) as runner:
-                runner.results["product_flops_per_s"] = statistics.median(rates)
+                whole = whole or {key: runner.results[key] for key in ("date", "resumed") if key in runner.results}
+                runner.results.pop("resumed", None)
+                runner.results |= whole | {"product_flops_per_s": statistics.median(rates)}
+                for setting in ("dtype", "direction"):
+                    runner.results["settings"][setting] = ", ".join(
+                        dict.fromkeys(getattr(PARTS[each], setting) for each in names)
+                    )
+                runner.save()
                 folder, data = runner.folder, runner.results
-                runner.run(chosen)
+                runner.run(chosen_cases(part, options.seq))
         except RuntimeError as error:
             parser.error(str(error))
         except KeyboardInterrupt:
             print(f"Stopped. To go on: {command} --resume {shlex.quote(str(folder))}")
             return 130
     print(pairs.table(data), *pairs.findings(data), sep="\n")
-    measure.finish(data, folder, traffic=False)
+    measure.finish(data, folder, figures=False, traffic=False)
     try:
         print(pairs.draw(data, folder / "pairs.png"))
     except ImportError as error:

@@ -23,9 +23,9 @@ class State(NamedTuple):
     o: jax.Array
 
 
-def start(rows: tuple[int, ...], head_dim: int, dtype=jnp.float32) -> State:
-    """The state before any key: m = -inf, l = 0, o = 0."""
-    return State(jnp.full(rows, -jnp.inf, dtype), jnp.zeros(rows, dtype), jnp.zeros((*rows, head_dim), dtype))
+def start(rows: tuple[int, ...], head_dim: int, dtype=jnp.float32, full=jnp.full) -> State:
+    """The state before any key: m = -inf, l = 0, o = 0, made by full(shape, value, dtype)."""
+    return State(full(rows, -jnp.inf, dtype), full(rows, 0, dtype), full((*rows, head_dim), 0, dtype))
 
 
 def finite(m):
@@ -50,8 +50,9 @@ def update(state: State, logits, values, weigh=None, unit: float = 1.0) -> State
       logits: [*rows, S], -inf where masked.
       values: [S, H], handed to `weigh`.
       weigh: (weights [*rows, S], values) -> [*rows, H] in the accumulator's dtype; a matrix product by default.
-      unit: positive; the logits, and so m, are given in multiples of it. A scale that is left out of the logits goes
-        in here, where it costs nothing: exp(unit * (logits - m)) is one pass over the tile either way.
+      unit: positive, and a normal number of the accumulator's dtype; the logits, and so m, are given in multiples of
+        it. A scale that is left out of the logits goes in here, where it costs nothing: exp(unit * (logits - m)) is
+        one pass over the tile either way.
 
     Returns:
       The new state.

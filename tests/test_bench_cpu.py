@@ -102,7 +102,7 @@ def test_the_readme_block_of_pairs_is_made_from_their_results(example, tmp_path)
 
 
 def test_the_sweep_times_the_sizes_of_the_rule_beside_others(monkeypatch, capsys):
-    monkeypatch.setattr(cpu, "SWEEP", ((64, 64, 2, 1, 8, Causal()),))
+    monkeypatch.setattr(cpu, "SWEEP", ((64, 64, 2, 1, 8, Causal(), "float32", True),))
     monkeypatch.setattr(cpu, "BLOCKS", ((32, 16), (64, 64)))
     cpu.sweep(1)
     lines = capsys.readouterr().out.splitlines()[1:]
@@ -130,3 +130,30 @@ def test_bfloat16_outputs_are_saved_so_that_they_can_be_judged(tmp_path):
     np.savez(tmp_path / "rows.npz", **session.judged((out,)))
     saved = np.load(tmp_path / "rows.npz")["out"]
     assert np.array_equal(saved.astype(np.float64), np.asarray(out).astype(np.float64))
+
+
+def test_the_whole_command_measures_draws_and_leaves_one_file(monkeypatch, tmp_path):
+    parts = {
+        name: cpu.Part(name, (cpu._case(name, 2, 1, 8, (64,), ("causal",)),), dtype, direction)
+        for name, dtype, direction in (("one", "float32", "forward"), ("two", "bfloat16", "both"))
+    }
+    monkeypatch.setattr(cpu, "PARTS", parts)
+    monkeypatch.setattr(cpu, "product_flops_per_s", lambda threads: 1e11)
+    arguments = ["--part", "one", "--part", "two", "--pairs", "2", "--out", str(tmp_path / "run")]
+    assert cpu.main(arguments) == 0
+    data = results.load(tmp_path / "run")
+    assert data["settings"]["dtype"] == "float32, bfloat16"
+    assert data["settings"]["direction"] == "forward, both"
+    assert not data.get("resumed")
+    assert {(row["case"], row["implementation"], row["status"]) for row in data["rows"]} == {
+        (case, name, "ok") for case in parts for name in (pairs.OURS, pairs.TORCH)
+    }
+    assert all(len(pair.ratios) >= 2 for pair in pairs.pairs(data))
+    assert (tmp_path / "run/pairs.png").stat().st_size > 10_000
+    assert (tmp_path / "run/report.md").exists()
+
+
+def test_a_length_that_no_part_has_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        cpu.main(["--seq", "5000"])
+    assert "--seq [5000]: no part that is asked for has such a length" in capsys.readouterr().err

@@ -117,12 +117,6 @@ def masking_with(fill, clear=True):
     return wrong
 
 
-def grouping_with(change):
-    """`_Groups.group_rows` of changed rows."""
-    group_rows = blockwise._Groups.group_rows
-    return lambda self, array, fill=0: group_rows(self, change(array, fill), fill)
-
-
 def trembling(logits, cap):
     """The logits, their last bits different from run to run."""
     factor = jax.pure_callback(lambda: np.float32(1 + 2.0**-23 * next(_runs)), jax.ShapeDtypeStruct((), "float32"))
@@ -131,6 +125,7 @@ def trembling(logits, cap):
 
 _runs = itertools.count()
 _causal, _codes, _soft_cap = Causal.allows, tiles.tile_codes, base.soft_cap
+_tiles, _backward = blockwise._Groups.tiles, blockwise._backward
 
 # fault: (what it is planted in, its name there, the wrong thing, an implementation, a mask or kind of logits)
 FAULTS = {
@@ -153,11 +148,11 @@ FAULTS = {
         blockwise._Groups, "cut", masking_with(-1e9), "blockwise 40x56", "array of heads",
     ),
     "query heads that read another head's keys": (
-        blockwise._Groups, "group_rows", grouping_with(lambda rows, fill: jnp.roll(rows, 1, 2)), "blockwise 40x56",
-        "none",
+        blockwise._Groups, "tiles", lambda self, array, b, k: _tiles(self, array, b, (k + 1) % self.K),
+        "blockwise 40x56", "none",
     ),
     "a gradient without the rows' mean": (
-        blockwise._Groups, "group_rows", grouping_with(lambda rows, fill: rows * (rows.ndim > 3 or fill != 0)),
+        blockwise, "_backward", lambda *args: _backward(*args[:-4], jnp.zeros_like(args[-4]), *args[-3:]),
         "blockwise 40x56", "none",
     ),
     "a bias without gradient": (

@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxattn import online_softmax, tiles
 from jaxattn.impl.base import Implementation, Problem, accumulator_dtype, dot_precision, soft_cap
 from jaxattn.impl.partition import independent
-from jaxattn.masks import FULL, PARTIAL, Causal
+from jaxattn.masks import FULL, PARTIAL, And, Causal, Mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +67,10 @@ class Blockwise(Implementation):
 
 
 ROWS = (2048, 1024, 512, 256, 128)  # query rows of a tile, over the G heads of its group; the first of equals is taken
-SCORES = 2**20  # of a tile at most: four megabytes in float32
 KEYS = 128, 8192  # of a tile, at least and at most
-SHARING = 50_000  # what sharing a tile among cores costs, in scores; small ones stay on one core
+SCORES = 2**20  # of a tile at most: four megabytes in float32, of which each core works on its share
+CORES = 2  # among which XLA shares a tile, where the constants below were measured
+SHARING = 50_000  # what sharing a tile costs, in scores; small ones stay on one core
 STARTING = 10_000  # what the operations of a tile cost to start, in scores
 MASKING = 0.15  # what masking a score costs beside computing it
 
@@ -77,34 +78,46 @@ MASKING = 0.15  # what masking a score costs beside computing it
 def default_blocks(mask, T: int, S: int, G: int) -> tuple[int, int]:
     """The tile sizes with the least work by a simple model.
 
-    work of a tile = the smaller of scores + `SHARING` and 2 * scores, + `MASKING` * scores if PARTIAL, + `STARTING`.
-    Full attention takes large tiles, a narrow window small ones, a causal mask those between, for it computes half of
-    the tiles on its diagonal in vain; few queries (decoding) take long ones. `python -m bench cpu --sweep` measures
-    what the model says.
+    work of a tile = the smaller of scores + `SHARING` and `CORES` * scores, + `MASKING` * scores if PARTIAL,
+    + `STARTING`. Full attention takes large tiles, a narrow window small ones, a causal mask those between, for it
+    computes half of the tiles on its diagonal in vain; few queries (decoding) take long ones. Head dim and dtype are
+    not in it: they change what a score costs, and the best sizes hardly. `python -m bench cpu --sweep` measures what
+    the model says, for several of them, forward and backward.
 
     Args:
-      mask: what may be attended; one that holds arrays gets the sizes for a causal one that ends with the keys.
+      mask: what may be attended. Of a conjunction the parts without arrays count; where there are none, the sizes are
+        those of a causal mask that ends with the keys.
       T, S: numbers of queries and keys.
       G: query heads of a group, which share a tile.
 
     Returns:
       (block_q, block_k), in tokens.
     """
+    static = _without_arrays(mask)
+    mask = Causal(S - T) if static is None else static
     best, least = None, math.inf
     for rows in ROWS:
         block_q = max(min(T, rows // G), 1)
         most = min(KEYS[1], max(SCORES // (G * block_q), KEYS[0]))
         for block_k in {min(S, most >> shrink): None for shrink in range((most // KEYS[0]).bit_length())}:
             codes = tiles.tile_codes(mask, T, S, block_q, block_k)
-            if not isinstance(codes, np.ndarray):
-                return default_blocks(Causal(S - T), T, S, G)
             partial, full = (int((codes == kind).sum()) for kind in (PARTIAL, FULL))
             scores = G * block_q * block_k
-            tile = min(scores + SHARING, 2 * scores) + STARTING
+            tile = min(scores + SHARING, CORES * scores) + STARTING
             work = (partial + full) * tile + partial * MASKING * scores
             if work < least:
                 best, least = (block_q, block_k), work
     return best
+
+
+def _without_arrays(mask: Mask) -> Mask | None:
+    """The mask, or a wider one: a conjunction without its parts that hold arrays. None where nothing is left."""
+    if not jax.tree.leaves(mask):
+        return mask
+    if isinstance(mask, And):
+        parts = [part for part in map(_without_arrays, (mask.a, mask.b)) if part is not None]
+        return functools.reduce(And, parts) if parts else None
+    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +182,7 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 
 def _forward(config, query, key, value, bias, mask, visits):
     """out [B, T, N, Hv] and lse [B, T, N]: algorithm 1, its loops exchanged as in FlashAttention-2."""
-    group = _Groups(config, query, key, bias, mask)
+    group = _Groups(config, query, key, value, bias, mask)
 
     def one_group(n, results):
         b, k = jnp.unravel_index(n, (group.B, group.K))
@@ -180,23 +193,23 @@ def _forward(config, query, key, value, bias, mask, visits):
 
             def visit(masked):
                 def body(j, state):
-                    logits, _ = group.logits(q_tile, k_tiles(j), b, k, i, j)
+                    logits, _ = group.logits(q_tile, k_tiles(j), b, k, i, j)  # algorithm 1, line 9
                     v_tile = v_tiles(j)
                     if masked:
                         logits, v_tile = group.cut(b, k, i, j, logits, v_tile)
-                    return online_softmax.update(state, logits, v_tile, group.weigh, group.unit)
+                    return online_softmax.update(state, logits, v_tile, group.weigh, group.unit)  # lines 10 to 13
 
                 return body
 
-            state = online_softmax.start(q_tile.shape[:1], value.shape[-1], group.dtype)
+            state = online_softmax.start(q_tile.shape[:1], value.shape[-1], group.dtype, group.full)
             state = _visit(visits, b, k, i, visit, state)
             finished = online_softmax.finish(state, group.unit)
             return tuple(group.put_rows(x, b, k, i, tile) for x, tile in zip(results, finished, strict=True))
 
         return lax.fori_loop(0, group.blocks_q, one_block, results)
 
-    out = jnp.zeros((*query.shape[:3], value.shape[-1]), query.dtype)
-    lse = jnp.zeros(query.shape[:3], group.dtype)
+    out = group.full((*query.shape[:3], value.shape[-1]), 0, query.dtype)
+    lse = group.full(query.shape[:3], 0, group.dtype)
     return lax.fori_loop(0, group.B * group.K, one_group, (out, lse))
 
 
@@ -206,12 +219,13 @@ def _backward(config, query, key, value, bias, mask, visits, out, lse, d_out, d_
     p = exp(logits - lse), dv = p^T dout, dp = dout v^T, delta = sum(dout * out), ds = p (dp - delta + dlse),
     dbias = ds, then through the soft cap, dq = scale ds k, dk = scale ds^T q.
     """
-    group = _Groups(config, query, key, bias, mask)
+    group = _Groups(config, query, key, value, bias, mask)
     dtype = group.dtype
     d_lse = jnp.where(lse == -jnp.inf, 0, d_lse)  # there lse is a constant; its cotangent may well be NaN
+    d_out = jnp.where((lse == -jnp.inf)[..., None], 0, d_out)  # and so is out
     delta = (d_out.astype(dtype) * out.astype(dtype)).sum(-1) - d_lse.astype(dtype)
-    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)  # rows that attend nothing get p = exp(logits - inf) = 0
     d_out = d_out.astype(query.dtype)
+    lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)  # rows that attend nothing get p = exp(logits - inf) = 0
 
     def one_group(n, gradients):
         b, k = jnp.unravel_index(n, (group.B, group.K))
@@ -233,32 +247,32 @@ def _backward(config, query, key, value, bias, mask, visits, out, lse, d_out, d_
                     logits, capped = group.logits(q_tile, k_tile, b, k, i, j)
                     if masked:
                         logits, k_tile, v_tile = group.cut(b, k, i, j, logits, k_tile, v_tile)
-                    p = jnp.exp(group.unit * logits - lse_tile)
-                    ds = p * (group.dot(d_out_tile, v_tile.T) - delta_tile)
+                    p = jnp.exp(group.unit * logits - lse_tile)  # algorithm 4, line 13
+                    ds = p * (group.dot(d_out_tile, v_tile.T) - delta_tile)  # lines 17 and 20
                     d_bias = group.add_bias_tile(d_bias, b, k, i, j, ds)
                     if config.soft_cap is not None:
                         ds = jnp.where(p == 0, 0, ds * (1 - (capped / config.soft_cap) ** 2))
                     ds = ds.astype(query.dtype)
-                    dq_tile += group.dot(ds, k_tile)
-                    dk = group.add_keys(dk, j, group.dot(q_tile_t, ds))
-                    dv = group.add_keys(dv, j, group.dot(d_out_tile_t, p.astype(value.dtype)))
+                    dq_tile += group.dot(ds, k_tile)  # line 21
+                    dk = group.add_keys(dk, j, group.dot(q_tile_t, ds))  # line 22
+                    dv = group.add_keys(dv, j, group.dot(d_out_tile_t, p.astype(value.dtype)))  # line 16
                     return dq_tile, dk, dv, d_bias
 
                 return body
 
-            carry = (jnp.zeros(q_tile.shape, dtype), dk, dv, d_bias)
+            carry = (group.full(q_tile.shape, 0, dtype), dk, dv, d_bias)
             dq_tile, dk, dv, d_bias = _visit(visits, b, k, i, visit, carry)
             return group.put_rows(dq, b, k, i, dq_tile * config.scale), dk, dv, d_bias
 
         dq, dk, dv, d_bias = gradients
         # Transposed, [H, S]: a CPU multiplies half as fast where the left side, here ds or p, is.
-        sums = [jnp.zeros((x.shape[-1], group.S), dtype) for x in (key, value)]
+        sums = [group.full((x.shape[-1], group.S), 0, dtype) for x in (key, value)]
         dq, dk_group, dv_group, d_bias = lax.fori_loop(0, group.blocks_q, one_block, (dq, *sums, d_bias))
         dk, dv = group.put_group(dk, b, k, dk_group.T * config.scale), group.put_group(dv, b, k, dv_group.T)
         return dq, dk, dv, d_bias
 
-    zeros = (*(jnp.zeros(x.shape, x.dtype) for x in (query, key, value)), group.zero_bias())
-    dq, dk, dv, d_bias = lax.fori_loop(0, group.B * group.K, one_group, zeros)
+    zeros = [group.full(x.shape, 0, x.dtype) for x in (query, key, value)] + [group.zero_bias()]
+    dq, dk, dv, d_bias = lax.fori_loop(0, group.B * group.K, one_group, tuple(zeros))
     return dq, dk, dv, *([] if bias is None else [d_bias.astype(bias.dtype)])
 
 
@@ -269,12 +283,9 @@ def _visit(visits, b, k, i, visit, state):
             continue
         count, columns = kind
         row = (jnp.minimum(b, count.shape[0] - 1), jnp.minimum(k, count.shape[1] - 1), i)
-        state = _for_each(columns[row], count[row], visit(masked), state)
+        body, items = visit(masked), columns[row]
+        state = lax.fori_loop(0, count[row], lambda n, state, body=body, items=items: body(items[n], state), state)
     return state
-
-
-def _for_each(items, count, body, state):
-    return lax.fori_loop(0, count, lambda n, state: body(items[n], state), state)
 
 
 def _indices(*start):
@@ -290,7 +301,7 @@ class _Groups:
     which are not its own. Such keys are cut, such rows are not written.
     """
 
-    def __init__(self, config: _Config, query, key, bias, mask):
+    def __init__(self, config: _Config, query, key, value, bias, mask):
         self.config, self.mask, self.bias = config, mask, bias
         self.B, self.T, self.N, _ = query.shape
         self.S, self.K = key.shape[1:3]
@@ -298,8 +309,14 @@ class _Groups:
         self.blocks_q, self.blocks_k = -(-self.T // config.block_q), -(-self.S // config.block_k)
         self.dtype = accumulator_dtype(query.dtype)
         # Where nothing but the scale comes between the products and the exponential, it is left to the exponential.
-        plain = bias is None and config.soft_cap is None and config.scale > 0
+        plain = bias is None and config.soft_cap is None and config.scale >= jnp.finfo(self.dtype).tiny
         self.unit = config.scale if plain else 1.0
+        operands = [x for x in (query, key, value, bias) if x is not None]
+        self._zero = functools.reduce(jnp.add, [lax.full_like(x, 0, self.dtype, ()) for x in operands])
+
+    def full(self, shape, value, dtype):
+        """`jnp.full` for the start of a loop: in a user's `shard_map` it varies over devices as the operands do."""
+        return lax.full_like(self._zero, value, dtype, shape)
 
     def start_q(self, i):
         return jnp.minimum(i * self.config.block_q, self.T - self.config.block_q)
@@ -375,7 +392,8 @@ class _Groups:
         allowed = self.mask.allows(t, s, functools.partial(self._take, b, k))
         if self.S % self.config.block_k:
             allowed &= s >= j * self.config.block_k
-        allowed = jnp.broadcast_to(allowed, (*(1, *allowed.shape)[-3:-2], self.config.block_q, self.config.block_k))
+        heads = allowed.shape[-3] if allowed.ndim == 3 else 1  # they may be masked alike
+        allowed = jnp.broadcast_to(allowed, (heads, self.config.block_q, self.config.block_k))
         if self.config.unread_keys:
             used = allowed.any((0, 1))[:, None]
             key_tiles = [jnp.where(used, x, 0) for x in key_tiles]
@@ -412,7 +430,7 @@ class _Groups:
         return _indices(*(0 if n == 1 else x for n, x in zip(self.bias.shape, start, strict=True)))
 
     def zero_bias(self):
-        return None if self.bias is None else jnp.zeros(self.bias.shape, self.dtype)
+        return None if self.bias is None else self.full(self.bias.shape, 0, self.dtype)
 
     def add_bias_tile(self, d_bias, b, k, i, j, ds):
         if d_bias is None:
