@@ -6,6 +6,7 @@ Design fact: reads results files only and imports neither jax nor torch, as `plo
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 from pathlib import Path
 
@@ -73,11 +74,13 @@ def table(data: dict) -> str:
 
 def findings(data: dict) -> list[str]:
     """What a window saves against the whole causal mask, and how its time grows with the length."""
-    times = {
-        (row["mask"], row["keys"]): statistics.median(row["times_s"])
-        for row in data["rows"]
-        if row["case"] in ("window", "causal") and results.measured(row)
-    }
+    times: dict[tuple[str, int], float] = {}
+    (heads,) = {row["heads"] for row in data["rows"] if row["mask"].startswith(WINDOW)} or {None}
+    for row in data["rows"]:
+        alike = row["implementation"] == OURS and row["heads"] == heads and row["queries"] == row["keys"]
+        if alike and (row["dtype"], row["direction"]) == ("float32", "forward") and results.measured(row):
+            key = row["mask"], row["keys"]  # the causal mask is measured twice: the faster one counts
+            times[key] = min(statistics.median(row["times_s"]), times.get(key, math.inf))
     window = {keys: time for (mask, keys), time in times.items() if mask.startswith(WINDOW)}
     sentences = [
         f"At {keys} tokens the window of 256 is {times['causal', keys] / time:.0f} times as fast as the causal mask."

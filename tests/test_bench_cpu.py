@@ -56,6 +56,8 @@ def example():
             row("window", pairs.OURS, 16384, 16384, [0.05], "window(255, 0)"),
             row("window", pairs.OURS, 65536, 65536, [0.2], "window(255, 0)"),
             row("causal", pairs.OURS, 16384, 16384, [1.0]),
+            row("causal", pairs.TORCH, 16384, 16384, [0.5]),
+            row("mha", pairs.OURS, 16384, 16384, [2.0]),
         ],
     }
 
@@ -89,7 +91,9 @@ def test_the_picture_draws_each_ratio_in_the_panel_of_its_kind(example, tmp_path
     monkeypatch.setattr(pairs.plot, "save", keep)
     pairs.draw(example, tmp_path / "pairs.png")
     assert list(drawn) == ["float32, forward", "float32, decoding"]
-    assert np.allclose(list(drawn.values()), [[(4096, 1.5)], [(1024, 0.5)]])
+    forward, decoding = drawn.values()
+    assert np.allclose(sorted(forward), [(4096, 1.5), (16384, 0.5)])
+    assert np.allclose(decoding, [(1024, 0.5)])
 
 
 def test_the_readme_block_of_pairs_is_made_from_their_results(example, tmp_path):
