@@ -5,6 +5,7 @@ import functools
 import json
 import sys
 import time
+import types
 import warnings
 
 import jax
@@ -334,7 +335,7 @@ def test_shipped_tilings_use_tensor_cores_and_spill_nothing(device, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize(("device", "dtype"), tune.TABLES)
 @pytest.mark.parametrize("key", tune.SPACE, ids=str)
-def test_compile_facts_are_those_committed(device, key, dtype):
+def test_tilings_that_survive_compiling_are_those_committed(device, key, dtype):
     facts = tune.compile_facts(device, [tune.Job(*key, tune.space(*key, dtype), dtype)])
     committed = [x for x in tune.read(tune.FACTS) if tune.key_of(x) == (device, *key, dtype)]
     assert [x["tiling"] for x in facts] == [x["tiling"] for x in committed]
@@ -425,6 +426,31 @@ def test_tuning_times_a_right_kernel_and_not_a_wrong_one(kernel, monkeypatch):
     monkeypatch.setattr(triton._Tile, "factor", 1.0)
     jax.clear_caches()
     assert measure(time.monotonic() + 600)[_TILING] == float("inf")
+
+
+def measured(monkeypatch, milliseconds):
+    """Rows that tuning on an H100 would give where each kernel's tilings took these times."""
+    device = types.SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3", compute_capability="9.0")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setattr(
+        tune, "measure_tilings", lambda kernel, tilings, *_: {x: milliseconds(kernel, x) for x in tilings}
+    )
+    return tune.measure(tune.read(tune.FACTS), 60)
+
+
+def test_a_tiling_with_a_wrong_result_gets_no_row_of_the_table(monkeypatch, capsys, tmp_path):
+    assert measured(monkeypatch, lambda *_: float("inf")) == []
+    assert "forward, head dim 64, causal, 4096 queries: wrong results" in capsys.readouterr().err
+    right = Tiling(128, 64, 4, 2)  # one of the forward kernel's at head dim 64 alone
+    rows = measured(monkeypatch, lambda kernel, x: 7.0 if (kernel, x) == ("forward", right) else float("inf"))
+    assert [(row["kernel"], row["head_dim"], row["tiling"], row["ms"], row["of"]) for row in rows] == [
+        ("forward", 64, list(dataclasses.astuple(right)), 7.0, 1)
+    ] * 4  # causal and full, long and short
+    monkeypatch.setattr(tune, "TABLE", tmp_path / "table.json")
+    tune.write_table(rows)
+    assert tune.read(tune.TABLE) == rows
+    with pytest.raises(ValueError, match="JSON"):
+        tune.write_table([rows[0] | {"ms": float("inf")}])
 
 
 @pytest.mark.slow
