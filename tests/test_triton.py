@@ -171,11 +171,13 @@ def test_keys_that_no_query_reads_may_hold_nan(function, mask):
     assert_close(function(TINY, q, k, v, bias, mask), expected, "same")
 
 
-def test_a_mask_too_large_for_offsets_of_32_bits_is_read_in_two_bytes_an_element(monkeypatch):
+def test_an_array_too_large_for_offsets_of_32_bits_is_read_in_two_bytes_an_element(monkeypatch):
     x = jax.ShapeDtypeStruct((1, 65536, 1, 16), "bfloat16")
     array = jax.ShapeDtypeStruct((1, 1, 65536, 65536), "bool")
     attend = functools.partial(dot_product_attention, implementation=Triton(platform="cuda", splits=1))
     assert "f16[1,1,65536,65536]" in str(jax.make_jaxpr(lambda q, array: attend(q, q, q, mask=array))(x, array))
+    bias = jax.ShapeDtypeStruct((1, 1, 65536, 65536), "float8_e5m2")
+    assert "bf16[1,1,65536,65536]" in str(jax.make_jaxpr(lambda q, bias: attend(q, q, q, bias))(x, bias))
     monkeypatch.setattr(triton, "_SHORT_OFFSETS", 0)
     q, k, v = operands(1, 20, 40, 1, 1, 16)
     mask, implementation = ~Dense(random(1, 1, 20, 40) < 0.5) & Causal(7), dataclasses.replace(TINY, splits=1)
@@ -207,6 +209,25 @@ def test_batch_and_heads_sharded_over_devices_need_no_collective():
     names = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
     assert not [name for name in names if name in program.as_text()]
     assert_close(jax.device_get(program(*sharded, jax.device_put(ids, data))), expected)
+
+
+def test_runs_inside_a_users_shard_map_with_gradients():
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    q, k, v = operands(2, 20, 20, 4, 2, 16)
+    bias = random(1, 4, 20, 20)  # the same on all of "data": its gradients are added up
+    ids = np.sort(random(2, 20) * 3).astype(np.int32)
+
+    def attend(q, k, v, bias, ids):
+        return dot_product_attention(q, k, v, bias, mask=Causal() & SegmentIds(ids), implementation=TINY)
+
+    def run(function):
+        out, pullback = jax.vjp(lambda *x: function(*x, ids), q, k, v, bias)
+        return out, pullback(out)
+
+    spec = P("data", None, "model")
+    specs = (spec, spec, spec, P(None, "model"), P("data"))
+    sharded = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=spec)
+    assert_close(jax.jit(lambda: run(sharded))(), jax.jit(lambda: run(attend))(), "gradient")
 
 
 def test_vmap_maps_the_kernel():
