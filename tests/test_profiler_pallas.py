@@ -314,6 +314,51 @@ def test_copies_in_a_mosaic_kernels_body_are_counted_and_unknown_where_data_deci
     assert __file__ in got.reasons[0]
 
 
+def mosaic_picks(x, at, part, size, **options):
+    """Each of 4 grid points copies a part of x, of this size, that depends on at."""
+
+    def kernel(at_ref, x_ref, out_ref, tile_ref, barrier_ref):
+        del out_ref
+        mosaic.copy_gmem_to_smem(part(x_ref, at_ref[0]), tile_ref, barrier_ref, **options)
+
+    in_memory = pl.BlockSpec(memory_space=mosaic.GMEM)
+    scratch = [mosaic.SMEM(size, x.dtype), mosaic.Barrier()]
+    keywords = {"grid": (4,), "in_specs": [in_memory] * 2, "out_specs": in_memory, "scratch_shapes": scratch}
+    return pl.pallas_call(kernel, out_shape=x, **keywords)(at, x)
+
+
+@pytest.mark.parametrize(
+    ("part", "size"),
+    [
+        (lambda x, i: x.at[i], (64, 64)),
+        (lambda x, i: x.at[i, pl.ds(8, 16)], (16, 64)),
+        (lambda x, i: x.at[i].at[pl.ds(8 * i, 16)].at[:, pl.ds(0, 8)], (16, 8)),
+    ],
+    ids=["block", "part", "part_of_a_part"],
+)
+def test_a_copy_from_where_data_says_moves_as_much_as_from_anywhere(part, size):
+    x = shape(8, 64, 64, dtype=jnp.float16)
+    for at in (shape(1, dtype=jnp.int32), np.array([3], np.int32)):
+        got = traffic_of(lambda at, x: mosaic_picks(x, at, part, size), at, x)
+        assert (got.confidence, got.read) == ("exact", {0: 4 * 4, 1: 4 * 2 * size[0] * size[1]})
+
+
+@pytest.mark.parametrize(
+    ("part", "size", "options", "reason"),
+    [
+        (lambda x, i: x.at[0, jnp.arange(4) + i].at[pl.ds(0, 2)], (2, 64), {}, "a part of what an array indexed"),
+        (lambda x, i: x.at[0], (64, 64), {"collective_axes": "elsewhere"}, "serves blocks along 'elsewhere'"),
+    ],
+    ids=["part_of_a_gather", "unnamed_axis"],
+)
+def test_a_copy_of_what_cannot_be_told_is_unknown(part, size, options, reason):
+    x, at = shape(8, 64, 64, dtype=jnp.float16), np.array([3], np.int32)
+    got = traffic_of(lambda at, x: mosaic_picks(x, at, part, size, **options), at, x)
+    assert (got.confidence, got.read, got.written) == ("unknown", {}, {})
+    assert reason in got.reasons[0]
+    assert __file__ in got.reasons[0]
+
+
 def test_a_use_of_memory_that_is_not_understood_is_unknown():
     x, lengths = shape(256, 256, dtype=jnp.int32), np.ones(4, np.int32)
     touch = lambda x_ref: mosaic.atomic_add(x_ref.at[0, 0], jnp.int32(1))  # noqa: E731
@@ -323,14 +368,27 @@ def test_a_use_of_memory_that_is_not_understood_is_unknown():
     assert __file__ in got.reasons[0]
 
 
-def test_a_kernel_that_lost_its_name_is_unknown_not_small():
+@pytest.mark.parametrize("name", ["", "jit(attention)/pure_callback"])
+def test_a_kernel_that_lost_its_name_is_unknown_not_small(name):
     traced = program.trace(attention, (shape(64, 2, 64, dtype=jnp.bfloat16),) * 3)
     compiled = compile_here(traced.lower_here())
     for instruction in compiled.module.entry.instructions:
-        instruction.op_name = ""
+        instruction.op_name = name
     report = _Profile(traced, compiled, targets.get("h200")).report()
     assert report.unknown
     assert [row.confidence for row in report.rows if row.opcode == "custom-call"] == ["unknown"]
+
+
+def test_a_users_own_callback_beside_a_kernel_is_modelled():
+    def fn(q):
+        return jax.pure_callback(np.asarray, q, attention(q, q, q))
+
+    q = shape(64, 2, 64, dtype=jnp.bfloat16)
+    report = profile(fn, q)
+    assert not report.unknown
+    rows = {row.opcode: row for row in report.rows}
+    assert (rows["pallas_call"].confidence, rows["custom-call"].confidence) == ("exact", "modelled")
+    assert (rows["custom-call"].read, rows["custom-call"].written) == (64 * 2 * 64 * BF16,) * 2
 
 
 def test_vmapped_kernel_counts_each_element():
@@ -469,6 +527,16 @@ def test_dirty_lines_are_written_back_once_however_often_they_are_written():
     for _ in range(5):
         cache.touch(0, 0, 4096, True)
     assert (cache.read, cache.written, cache.dirty) == (0, 0, 4096)
+
+
+def test_empty_ranges_of_a_kernel_move_nothing():
+    module = compile_here(program.trace(jnp.sin, (shape(8),)).lower_here()).module
+    replay = l2.Replay(module, lambda i: None, lambda i: None, {})
+    replay.caches = [l2.Cache(1 << 20, 4096)]
+    for ranges in ([(0, 8192, 0, False), (0, 64, 64, True)], [(0, 8192, 0, False), (0, 0, 4096, False)]):
+        replay.emit(ranges)
+    assert replay.events == [[(0, 0, 4096, False)]]
+    assert (replay.caches[0].read, replay.caches[0].dirtied) == (4096, 0)
 
 
 def test_waves_share_what_their_blocks_read():

@@ -5,6 +5,7 @@ import functools
 import json
 import sys
 import time
+import types
 import warnings
 
 import jax
@@ -170,11 +171,13 @@ def test_keys_that_no_query_reads_may_hold_nan(function, mask):
     assert_close(function(TINY, q, k, v, bias, mask), expected, "same")
 
 
-def test_a_mask_too_large_for_offsets_of_32_bits_is_read_in_two_bytes_an_element(monkeypatch):
+def test_an_array_too_large_for_offsets_of_32_bits_is_read_in_two_bytes_an_element(monkeypatch):
     x = jax.ShapeDtypeStruct((1, 65536, 1, 16), "bfloat16")
     array = jax.ShapeDtypeStruct((1, 1, 65536, 65536), "bool")
     attend = functools.partial(dot_product_attention, implementation=Triton(platform="cuda", splits=1))
     assert "f16[1,1,65536,65536]" in str(jax.make_jaxpr(lambda q, array: attend(q, q, q, mask=array))(x, array))
+    bias = jax.ShapeDtypeStruct((1, 1, 65536, 65536), "float8_e5m2")
+    assert "bf16[1,1,65536,65536]" in str(jax.make_jaxpr(lambda q, bias: attend(q, q, q, bias))(x, bias))
     monkeypatch.setattr(triton, "_SHORT_OFFSETS", 0)
     q, k, v = operands(1, 20, 40, 1, 1, 16)
     mask, implementation = ~Dense(random(1, 1, 20, 40) < 0.5) & Causal(7), dataclasses.replace(TINY, splits=1)
@@ -206,6 +209,25 @@ def test_batch_and_heads_sharded_over_devices_need_no_collective():
     names = ("all-gather", "all-reduce", "all-to-all", "collective-permute", "reduce-scatter")
     assert not [name for name in names if name in program.as_text()]
     assert_close(jax.device_get(program(*sharded, jax.device_put(ids, data))), expected)
+
+
+def test_runs_inside_a_users_shard_map_with_gradients():
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    q, k, v = operands(2, 20, 20, 4, 2, 16)
+    bias = random(1, 4, 20, 20)  # the same on all of "data": its gradients are added up
+    ids = np.sort(random(2, 20) * 3).astype(np.int32)
+
+    def attend(q, k, v, bias, ids):
+        return dot_product_attention(q, k, v, bias, mask=Causal() & SegmentIds(ids), implementation=TINY)
+
+    def run(function):
+        out, pullback = jax.vjp(lambda *x: function(*x, ids), q, k, v, bias)
+        return out, pullback(out)
+
+    spec = P("data", None, "model")
+    specs = (spec, spec, spec, P(None, "model"), P("data"))
+    sharded = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=spec)
+    assert_close(jax.jit(lambda: run(sharded))(), jax.jit(lambda: run(attend))(), "gradient")
 
 
 def test_vmap_maps_the_kernel():
@@ -334,7 +356,7 @@ def test_shipped_tilings_use_tensor_cores_and_spill_nothing(device, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize(("device", "dtype"), tune.TABLES)
 @pytest.mark.parametrize("key", tune.SPACE, ids=str)
-def test_compile_facts_are_those_committed(device, key, dtype):
+def test_tilings_that_survive_compiling_are_those_committed(device, key, dtype):
     facts = tune.compile_facts(device, [tune.Job(*key, tune.space(*key, dtype), dtype)])
     committed = [x for x in tune.read(tune.FACTS) if tune.key_of(x) == (device, *key, dtype)]
     assert [x["tiling"] for x in facts] == [x["tiling"] for x in committed]
@@ -425,6 +447,31 @@ def test_tuning_times_a_right_kernel_and_not_a_wrong_one(kernel, monkeypatch):
     monkeypatch.setattr(triton._Tile, "factor", 1.0)
     jax.clear_caches()
     assert measure(time.monotonic() + 600)[_TILING] == float("inf")
+
+
+def measured(monkeypatch, milliseconds):
+    """Rows that tuning on an H100 would give where each kernel's tilings took these times."""
+    device = types.SimpleNamespace(device_kind="NVIDIA H100 80GB HBM3", compute_capability="9.0")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setattr(
+        tune, "measure_tilings", lambda kernel, tilings, *_: {x: milliseconds(kernel, x) for x in tilings}
+    )
+    return tune.measure(tune.read(tune.FACTS), 60)
+
+
+def test_a_tiling_with_a_wrong_result_gets_no_row_of_the_table(monkeypatch, capsys, tmp_path):
+    assert measured(monkeypatch, lambda *_: float("inf")) == []
+    assert "forward, head dim 64, causal, 4096 queries: wrong results" in capsys.readouterr().err
+    right = Tiling(128, 64, 4, 2)  # one of the forward kernel's at head dim 64 alone
+    rows = measured(monkeypatch, lambda kernel, x: 7.0 if (kernel, x) == ("forward", right) else float("inf"))
+    assert [(row["kernel"], row["head_dim"], row["tiling"], row["ms"], row["of"]) for row in rows] == [
+        ("forward", 64, list(dataclasses.astuple(right)), 7.0, 1)
+    ] * 4  # causal and full, long and short
+    monkeypatch.setattr(tune, "TABLE", tmp_path / "table.json")
+    tune.write_table(rows)
+    assert tune.read(tune.TABLE) == rows
+    with pytest.raises(ValueError, match="JSON"):
+        tune.write_table([rows[0] | {"ms": float("inf")}])
 
 
 @pytest.mark.slow

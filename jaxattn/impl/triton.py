@@ -26,6 +26,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.extend import core
 from jax.interpreters import mlir
+from jax.sharding import ManualAxisType
 
 from jaxattn import online_softmax, tiles
 from jaxattn.impl.base import Implementation, Problem, dot_precision
@@ -132,7 +133,7 @@ class Triton(Implementation):
             interpret=self.interpret,
         )
         query = problem.query.astype(key.dtype)  # float32 where a traced scale was multiplied in
-        out, *lse = _attention(config, query, key, problem.value, problem.bias, problem.mask)
+        out, *lse = _attention(config, *_varying_alike(query, key, problem.value, problem.bias, problem.mask))
         return out, lse[0] if lse else None
 
     def _override(self, tiling: Tiling) -> Tiling:
@@ -777,10 +778,11 @@ def _d_bias(config: _Config, layout: _Layout, query, key, value, bias, mask, d_o
 
 
 def _call(kernel, tile: _Tile, grid, outputs, operands, name: str):
-    tiling = tile.tiling
+    tiling, operands = tile.tiling, jax.tree.map(_addressable, operands)
+    here = ManualAxisType()  # over which mesh axes results vary, `_abstract` says
     call = pl.pallas_call(
         kernel,
-        out_shape=[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in outputs],
+        out_shape=[jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=here) for shape, dtype in outputs],
         grid=grid,
         compiler_params=_backend().CompilerParams(num_warps=tiling.num_warps, num_stages=tiling.num_stages),
         interpret=tile.config.interpret,
@@ -791,29 +793,56 @@ def _call(kernel, tile: _Tile, grid, outputs, operands, name: str):
 
 def _lower(context, *operands, jaxpr):
     """The backend's deprecation is told when a kernel is lowered, where no code of this library is on the stack."""
+    # The interpreter's loops mix operands and zeros, which do not vary over a mesh: within the kernel nothing does.
+    types = [x.update_manual_axis_type(ManualAxisType()) for x in context.avals_in]
+    # The filters are the whole process': what another thread warns of, or filters, at the same time may be affected.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
-        return mlir.lower_fun(core.jaxpr_as_fun(jaxpr), multiple_results=True)(context, *operands)
+        lower = mlir.lower_fun(core.jaxpr_as_fun(jaxpr), multiple_results=True)
+        return lower(context.replace(avals_in=types), *operands)
 
 
-_kernel_call = core.Primitive("kernel_call")
+def _abstract(*operands, jaxpr):
+    """In a user's `shard_map` the results vary over the mesh axes over which any operand does."""
+    varying = frozenset().union(*(x.manual_axis_type.varying for x in operands))
+    return [x.update_manual_axis_type(ManualAxisType(varying=varying)) for x in jaxpr.out_avals]
+
+
+_kernel_call = core.Primitive("jaxattn_kernel_call")
 _kernel_call.multiple_results = True
 _kernel_call.def_impl(lambda *operands, jaxpr: core.jaxpr_as_fun(jaxpr)(*operands))
-_kernel_call.def_abstract_eval(lambda *_, jaxpr: jaxpr.out_avals)
+_kernel_call.def_abstract_eval(_abstract)
 mlir.register_lowering(_kernel_call, _lower)
 
 
-def _with_axes(mask: Mask) -> Mask:
-    """Numbers become arrays [1], which `_take` reads as it reads [B].
+def _varying_alike(*arrays):
+    """In a user's `shard_map`: every array made to vary over the mesh axes over which any does.
 
-    The backend's offsets have 32 bits and a sign up to 2**32 bytes: too few for more than 2**31 elements of one byte.
+    Then so do the gradients, and those of an array that did not are added up over these axes.
     """
 
-    def with_axes(leaf):
-        leaf = jnp.reshape(leaf, (1,)) if jnp.ndim(leaf) == 0 else jnp.asarray(leaf)
-        return leaf.astype(_WIDE_BOOL) if leaf.dtype == bool and _SHORT_OFFSETS < leaf.size <= 2**32 else leaf
+    def axes(x) -> frozenset:
+        return jax.typeof(x).manual_axis_type.varying
 
-    return jax.tree.map(with_axes, mask)
+    every = frozenset().union(*map(axes, jax.tree.leaves(arrays)))
+    return jax.tree.map(lambda x: lax.pcast(x, tuple(sorted(every - axes(x), key=str)), to="varying"), arrays)
+
+
+def _with_axes(mask: Mask) -> Mask:
+    """Numbers become arrays [1], which `_take` reads as it reads [B]."""
+    return jax.tree.map(lambda leaf: jnp.reshape(leaf, (1,)) if jnp.ndim(leaf) == 0 else jnp.asarray(leaf), mask)
+
+
+def _addressable(array):
+    """The same numbers in two bytes each where the backend's offsets cannot reach all of one byte each.
+
+    It counts offsets in elements, with 32 bits and a sign in an array of up to 2**32 bytes, with 64 bits in a larger
+    one. So elements of two bytes and more are always reached, and of one byte too up to 2**31 and above 2**32.
+    """
+    if array.dtype.itemsize > 1 or not _SHORT_OFFSETS < array.size <= 2**32:
+        return array
+    wide = jnp.bfloat16 if jnp.issubdtype(array.dtype, jnp.floating) else jnp.int16
+    return array.astype(_WIDE_BOOL if array.dtype == bool else wide)
 
 
 def _sizes(query, key) -> tuple[int, int, int, int, int, int]:

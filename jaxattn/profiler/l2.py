@@ -215,7 +215,14 @@ class Replay:
         return (cold[0], warm[0]), (cold[1], warm[1])
 
     def emit(self, event) -> None:
-        """Notes and applies an event: the second call of the program repeats those of the first."""
+        """Notes and applies an event: the second call of the program repeats those of the first.
+
+        Of a kernel's ranges those that are empty are left out.
+        """
+        if isinstance(event, list):
+            event = [access for access in event if access[2] > access[1]]
+            if not event:
+                return
         self.events.append(event)
         self.apply(event)
 
@@ -374,8 +381,7 @@ class Replay:
                         else self.home(instruction, leaves[number - n])
                     )
                     ranges.append((home.allocation, home.offset + start, home.offset + stop, is_write))
-                if ranges:
-                    self.emit(ranges)
+                self.emit(ranges)
             return
         ranges = []
         for access in self.accesses(instruction):
@@ -386,8 +392,7 @@ class Replay:
                 start = self.offset(access, instruction, scalars, step, home.size)
             if size:
                 ranges.append((home.allocation, home.offset + start, home.offset + start + size, access.is_write))
-        if ranges:
-            self.emit(ranges)
+        self.emit(ranges)
 
     def offset(self, access, instruction, scalars, step, size) -> int:
         """Where a slice starts: by its indices where they can be followed, else the step's next one."""

@@ -550,7 +550,7 @@ class _Kernel:
     def access(self, equation, look, asked, active, read_later):
         memory = _memory(equation)
         reference = look(equation.invars[memory.number])
-        index = self.index(memory.transforms, look, reference)
+        index = self.index(equation, memory.transforms, look, reference)
         if equation.primitive.name in ("swap", "addupdate"):
             value = equation.invars[1].aval
             shape, itemsize = value.shape, np.dtype(value.dtype).itemsize
@@ -576,16 +576,21 @@ class _Kernel:
         return self.loaded(reference, index, mask, memory, look, shape)
 
     def copied(self, equation, index) -> tuple[int, ...]:
-        """The shape of what a copy moves: of the part of memory that it names."""
-        if index is None:
+        """The shape of what a copy moves: of the part of memory that it names, wherever that lies."""
+        if index is None or sum(entry[0] == "at" and entry[2] != () for entry in index) > 1:
             raise _Unknown(f"{equation.primitive.name} at {_where(equation)} copies what cannot be told")
-        return tuple(n for e in index for n in ((e[2],) if e[0] == "slice" else e[1].shape[len(self.grid) :]))
+        return tuple(n for entry in index for n in ((entry[2],) if entry[0] == "slice" else entry[2]))
 
     def lanes(self, memory, mask, shape, size, active, equation):
         """Bytes at each grid point (an array that broadcasts to the grid), and their sum over the grid."""
         n = len(self.grid)
         here = np.ones((1,) * n, bool) if active is None else active
         if memory.shared_by:  # one copy for the blocks of a cluster
+            unnamed = [axis for axis in memory.shared_by if axis not in self.launch.names]
+            if unnamed:
+                raise _Unknown(
+                    f"the copy at {_where(equation)} serves blocks along {unnamed[0]!r}, no axis of the grid"
+                )
             size //= math.prod(self.grid[self.launch.names[axis]] for axis in memory.shared_by)
             self.reasons.append(f"the copy at {_where(equation)} serves a cluster: counted once for its blocks")
         if memory.mask is None:
@@ -599,8 +604,11 @@ class _Kernel:
             per_point = here * (mask.sum(axes) * lanes * (size // max(math.prod(shape), 1)))
         return per_point, int(per_point.sum()) * (self.points // per_point.size)
 
-    def index(self, transforms, look, reference):
-        """Per kept axis: ('slice', start, size, stride) or ('at', indices), or None if it cannot be told."""
+    def index(self, equation, transforms, look, reference):
+        """Per kept axis: ('slice', start, size, stride) or ('at', indices, their shape), or None if it cannot be told.
+
+        Of a start or of indices that are data that was not given there is None.
+        """
         transforms = [t for t in (transforms if isinstance(transforms, (tuple, list)) else [transforms])]
         if not isinstance(reference, _Reference):
             return None
@@ -609,9 +617,14 @@ class _Kernel:
         if not all(hasattr(t, "indices") for t in transforms):
             return None
         out = [self.entry(i, look) for i in transforms[0].indices]
-        for transform in transforms[1:]:  # a part of the part before
-            inner = iter([self.entry(i, look) for i in transform.indices])
-            out = [self.part(entry, next(inner)) if entry[0] == "slice" else entry for entry in out]
+        for transform in transforms[1:]:  # a part of the part before, whose axes are the slices where no array indexes
+            if any(entry[0] == "at" and entry[2] != () for entry in out):
+                if not reference.is_memory:
+                    return None
+                raise _Unknown(f"{equation.primitive.name} at {_where(equation)} uses a part of what an array indexed")
+            axes = [axis for axis, entry in enumerate(out) if entry[0] == "slice"]
+            for axis, i in zip(axes, transform.indices, strict=True):
+                out[axis] = self.part(out[axis], self.entry(i, look))
         return out
 
     def entry(self, index, look):
@@ -620,13 +633,15 @@ class _Kernel:
             start = index.start
             start = look(start) if isinstance(start, (core.Var, core.Literal)) else self.constant(start)
             return ("slice", start, index.size, getattr(index, "stride", 1) or 1)
-        return ("at", look(index) if isinstance(index, (core.Var, core.Literal)) else self.constant(index))
+        if isinstance(index, (core.Var, core.Literal)):
+            return ("at", look(index), tuple(index.aval.shape))
+        return ("at", self.constant(index), np.shape(index))
 
     def part(self, outer, inner):
         """The entry `inner` counted from the slice `outer`."""
         _, first, _, step = outer
         start = None if first is None or inner[1] is None else first + inner[1] * step
-        return ("slice", start, inner[2], inner[3] * step) if inner[0] == "slice" else ("at", start)
+        return ("slice", start, inner[2], inner[3] * step) if inner[0] == "slice" else ("at", start, inner[2])
 
     def bounds(self, equation, reference, index):
         """Smallest and largest index touched, per axis of the operand, each broadcasting to the grid."""

@@ -66,6 +66,8 @@ class _Profile:
         self.instructions = [i for c in self.module.computations if not c.is_fusion for i in c.instructions]
         self.labels = {i: self.label(i) for i in self.instructions if i.opcode in ("while", "conditional")}
         self.kernels = self.pallas_kernels()
+        written = {label for label, site in traced.sites.items() if site.kind in program.KERNELS}
+        self.is_kernel_missing = not written <= set(self.kernels.values())
         wanted = [
             label
             for i, label in self.labels.items()
@@ -180,9 +182,8 @@ class _Profile:
             name, opcode = instruction.name, instruction.opcode
             if self.is_strange_kernel(instruction):
                 read, written, flops, confidence = 0, 0, 0, "unknown"
-                unknown.append(
-                    f"kernel {name} ({instruction.custom_call_target}): it is no Pallas kernel of the program"
-                )
+                what = f"kernel {name} ({instruction.custom_call_target})"
+                unknown.append(f"{what}: it could not be joined to a Pallas kernel of the program")
         if calls is None:
             confidence = "unknown"
         return Row(
@@ -200,11 +201,15 @@ class _Profile:
         )
 
     def is_strange_kernel(self, instruction: Instruction) -> bool:
-        """Whether a custom call runs a kernel that there is no code of: its operands say little of its bytes."""
+        """Whether a custom call runs a kernel that there is no code of: its operands say little of its bytes.
+
+        A callback is the user's own where every kernel of the program was found elsewhere.
+        """
         if instruction.opcode != "custom-call" or instruction in self.kernels:
             return False
-        lost = bool(_CALLBACK.search(instruction.custom_call_target)) and not instruction.op_name
-        return lost or bool(_KERNEL_CODE.search(instruction.custom_call_target))
+        if _CALLBACK.search(instruction.custom_call_target):
+            return not instruction.op_name or self.is_kernel_missing
+        return bool(_KERNEL_CODE.search(instruction.custom_call_target))
 
     def kernel_names(self) -> set[str]:
         """Names under which the module's Pallas kernels were compiled."""

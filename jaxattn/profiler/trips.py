@@ -20,7 +20,7 @@ from jaxattn.profiler.program import KERNELS, Program, inner_jaxprs, label_of
 
 _CALLS = frozenset(["jit", "pjit", "closed_call", "core_call", "remat", "checkpoint", "remat2",
                     "custom_jvp_call", "custom_vjp_call", "custom_vmap_call", "custom_partitioning",
-                    "custom_lin", "eval_jaxpr", "kernel_call"])  # fmt: skip
+                    "custom_lin", "eval_jaxpr", "jaxattn_kernel_call"])  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
