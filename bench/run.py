@@ -425,8 +425,8 @@ class Runner:
                 beside = []
         finally:
             for one in waiting:
-                if results.measured(one.row) and not one.saved:
-                    one.row |= INTERRUPTED
+                if one.row["times_s"] and not one.saved:
+                    one.row |= INTERRUPTED if results.measured(one.row) else {}
                     self.finish(one, progress)
                 one.close()
             self.under_way = []
