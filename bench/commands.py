@@ -8,6 +8,10 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 
+# The exit code of a command that needs a tool which is not on this machine; argparse and files that cannot be
+# written end with 2.
+MISSING = 3
+
 
 @dataclasses.dataclass(frozen=True)
 class Command:

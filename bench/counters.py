@@ -19,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench import environment
+from bench import commands, environment
 from bench import results as result_files
 
 ROOT = Path(__file__).parent.parent
@@ -293,7 +293,9 @@ def _bytes(n: float) -> str:
 
 
 def main(argv: list[str]) -> int:
-    """Hardware counters of attention and of a streaming kernel, beside the profiler's numbers."""
+    """Hardware counters of attention and of a streaming kernel, beside the profiler's numbers; returns
+    `commands.MISSING` where a tool is absent, 1 where a case failed.
+    """
     parser = argparse.ArgumentParser(prog="python -m bench counters", description=main.__doc__)
     parser.add_argument("--case", action="append", choices=CASES, help=f"default: {', '.join(DEFAULT_CASES)}")
     parser.add_argument("--out", type=Path, help="folder for the results")
@@ -305,7 +307,7 @@ def main(argv: list[str]) -> int:
     absent = missing()
     if absent:
         print(f"Nothing was counted: {' and '.join(absent)}.", file=sys.stderr)
-        return 2
+        return commands.MISSING
     os.environ.update(FLAGS)  # before jax starts here: the children need the GPU's memory, and the same programs
     now = datetime.datetime.now(datetime.UTC)
     slug = environment.slug(environment.nvidia_gpu())

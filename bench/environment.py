@@ -179,25 +179,44 @@ def commit() -> str | None:
 
 
 def code(modules: Iterable[str] = ()) -> dict[str, str]:
-    """Digests of the source that measures: the checkout's Python files, and each of a user's modules that is found.
+    """Digests of the source that measures: the checkout's Python files and the library's tables of tile sizes, and
+    for each of a user's modules that is found the Python files of its whole package.
 
     >>> list(code())
     ['jaxattn, oracle, bench']
     """
     root = Path(__file__).parent.parent
-    paths = [path for folder in ("jaxattn", "oracle", "bench") for path in sorted((root / folder).rglob("*.py"))]
-    files = {results.CHECKOUT: paths}
+    patterns = ("jaxattn/**/*.py", "jaxattn/**/*.json", "oracle/**/*.py", "bench/**/*.py")
+    found = {results.CHECKOUT: digest((root, path) for pattern in patterns for path in root.glob(pattern))}
     for module in modules:
-        try:
-            spec = importlib.util.find_spec(module)
-        except (ImportError, ValueError):
-            continue
-        if spec is not None and spec.has_location:
-            files[module] = [Path(spec.origin)]
-    return {
-        name: hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
-        for name, paths in files.items()
-    }
+        if files := sources(module):
+            found[module] = digest(files)
+    return found
+
+
+def sources(module: str) -> list[tuple[Path, Path]]:
+    """(folder, file in it) for the Python files of the top-level package that holds a module, none where it is not
+    found. Nothing is imported: this process holds no framework, and what a user's package does is the child's.
+    """
+    try:
+        spec = importlib.util.find_spec(module.partition(".")[0])
+    except (ImportError, ValueError):
+        return []
+    if spec is None:
+        return []
+    if spec.submodule_search_locations is not None:
+        folders = map(Path, spec.submodule_search_locations)
+        return [(folder, path) for folder in folders for path in folder.rglob("*.py")]
+    return [(Path(spec.origin).parent, Path(spec.origin))] if spec.has_location else []
+
+
+def digest(files: Iterable[tuple[Path, Path]]) -> str:
+    """A short digest of the contents of (folder, file in it), and of their names from the folder."""
+    parts = (
+        f"{path.relative_to(folder).as_posix()} {hashlib.sha256(path.read_bytes()).hexdigest()}\n"
+        for folder, path in files
+    )
+    return hashlib.sha256("".join(sorted(parts)).encode()).hexdigest()[:12]
 
 
 def slug(name: str) -> str:

@@ -49,10 +49,12 @@ def parts(folder: Path) -> list[Part]:
     chosen = [word for name in CASES for word in ("--case", name)]
     cases, traffic, counters = (str(folder / name) for name in ("cases", "traffic", "counters"))
     options = ("--device", "cuda", "--minutes", "2.8", "--traffic", "--no-figures", "--out", cases)
+    begun = (folder / "cases/results.json").exists()
+    measure = ("--resume", cases) if begun else (*chosen, *options)  # gone on with by its own options
     oracle = ("oracle", "--json", str(folder / "parity/parity.json"))
     return [
         Part("parity", "every stage against torch, planted faults", oracle, 90),
-        Part("cases", "every implementation beside every other", ("bench", *chosen, *options), 200),
+        Part("cases", "every implementation beside every other", ("bench", *measure), 200),
         Part("plots", "the cases' figures and reports", ("bench", "report", cases), 40),
         Part("traffic", "bytes moved, modelled for this GPU", ("bench", "traffic", "--out", traffic), 35, "traffic"),
         Part(
@@ -61,7 +63,7 @@ def parts(folder: Path) -> list[Part]:
             ("bench", "counters", "--out", counters),
             55,
             "counters",
-            missing_code=2,
+            missing_code=commands.MISSING,
         ),
         Part(
             "tune",

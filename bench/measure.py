@@ -66,6 +66,11 @@ def resumed(folder: Path, argv: list[str]) -> tuple[dict, list[str]]:
     words = shlex.split(earlier["command"])
     if words[:3] != ["python", "-m", "bench"]:
         raise ValueError(f"{folder}: its command {earlier['command']!r} is not one to go on with")
+    if words[3:] and not words[3].startswith("-"):
+        raise ValueError(
+            f"{folder}: its command is bench {words[3]}; "
+            f"resume it with python -m bench {words[3]} --resume {shlex.quote(str(folder))}"
+        )
     only = argparse.ArgumentParser(add_help=False)
     only.add_argument("--resume")
     given = only.parse_known_args(argv)[1]

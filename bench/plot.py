@@ -319,7 +319,7 @@ def memory_figure(data: dict, key: tuple, rows: list[dict], path: Path) -> Path:
         lines(ax, data, part, lambda row: row["peak_bytes"] / 2**20 if row.get("peak_bytes") else None)
         for name, own in by_implementation(part).items():
             look = styles(data)[name]
-            predicted = [row for row in own if does_not_fit(row) and row["predicted_bytes"]]
+            predicted = [row for row in own if does_not_fit(row) and row.get("predicted_bytes")]
             measured = [row for row in own if row.get("peak_bytes")]
             if predicted:
                 start = [(row["keys"], row["peak_bytes"] / 2**20) for row in measured[-1:]]

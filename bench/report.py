@@ -51,16 +51,16 @@ class Picture:
 def blocks(data: dict, pictures: list[Path]) -> list:
     """The report's contents in order."""
     found = data["environment"]
-    packages = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    packages = ", ".join(f"{name} {version}" for name, version in found.get("versions", {}).items())
     parts = [
         Heading("Attention, side by side", 1),
         Paragraph(
             f"{found['device_name']} ({found['device']}), {found['cores']} cores, "
-            f"{(found['memory_bytes'] or 0) / 1e9:.1f} GB available at the start. {data['date']}, "
+            f"{(found.get('memory_bytes') or 0) / 1e9:.1f} GB available at the start. {data['date']}, "
             f"commit {data['commit'] or 'unknown'}."
         ),
-        Paragraph(f"Command: `{data['command']}`. Python {found['python']}; {packages}."),
-        *(Paragraph(f"Note: {note}") for note in found["notes"]),
+        Paragraph(f"Command: `{data['command']}`. Python {found.get('python', 'unknown')}; {packages}."),
+        *(Paragraph(f"Note: {note}") for note in found.get("notes", ())),
     ]
     many = plot.groups(data)
     left = list(pictures)
@@ -88,7 +88,7 @@ def blocks(data: dict, pictures: list[Path]) -> list:
             parts.append(Paragraph("Not measured, and why:"))
             parts.append(Table(("implementation", "length", "status", "reason"), cells_lost, left=4))
     parts += [Picture(path, path.stem) for path in left]
-    parts += [Heading("How these figures were taken"), Bullets(tuple(data["method"]))]
+    parts += [Heading("How these figures were taken"), Bullets(tuple(data.get("method", ())))]
     return parts
 
 

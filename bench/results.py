@@ -22,6 +22,17 @@ KEY = ("case", "mask", *_SHAPE, "dtype", "direction", "cold", "implementation")
 CHECKOUT = "jaxattn, oracle, bench"  # what the digest of the checkout's code is called
 STOPPED = "stopped"  # the status of a row whose repeats a stopped run had begun; --resume measures it again
 MEASURED = ("ok", STOPPED)
+# What a results file must hold, at the top level, in its settings and environment, in each row: what tables,
+# figures and comparisons read without asking whether it is there.
+REQUIRED = {
+    "file": {"date", "command", "commit", "settings", "environment", "rows"},
+    "settings": {"threads"},
+    "environment": {"device", "device_name", "cores", "load_average"},
+    "row": {
+        *KEY,
+        *("label", "tiled", "layer", "flops", "status", "reason", "error", "times_s", "device_times_s"),
+    },
+}
 SMALLEST_NOISE = 0.05  # two runs of one program on one machine differ by this much with no reason at all
 
 
@@ -145,12 +156,15 @@ def load(path: Path) -> dict:
         raise ValueError(f"{path}: not JSON ({error})") from None
     if not isinstance(results, dict) or results.get("schema") != SCHEMA:
         raise ValueError(f"{path}: not a results file of schema {SCHEMA}")
-    parts = {"date": str, "command": str, "settings": dict, "environment": dict, "rows": list}
-    if absent := [name for name, kind in parts.items() if not isinstance(results.get(name), kind)]:
-        raise ValueError(f"{path}: not a whole results file, without {', '.join(absent)}")
-    names = {"status", "reason", "times_s", *KEY}
-    if any(not isinstance(row, dict) or names - row.keys() for row in results["rows"]):
-        raise ValueError(f"{path}: not a whole results file, it holds a row without {', '.join(sorted(names))}")
+    kinds = {"date": str, "command": str, "settings": dict, "environment": dict, "rows": list}
+    unlike = {name for name, kind in kinds.items() if not isinstance(results.get(name), kind)}
+    if absent := unlike | (REQUIRED["file"] - results.keys()):
+        raise ValueError(f"{path}: not a whole results file, without {', '.join(sorted(absent))}")
+    parts = [("settings", results["settings"]), ("environment", results["environment"])]
+    for name, part in [*parts, *(("row", row) for row in results["rows"])]:
+        if absent := REQUIRED[name] - (part.keys() if isinstance(part, dict) else set()):
+            where = "a row" if name == "row" else f"its {name}"
+            raise ValueError(f"{path}: not a whole results file, without {', '.join(sorted(absent))} in {where}")
     return results
 
 
@@ -162,7 +176,7 @@ def differences(one: dict, two: dict) -> list[tuple[str, object, object]]:
     def facts(data: dict) -> dict:
         found, settings, code = data["environment"], data["settings"], data.get("code", {})
         machine = {name: found.get(name) for name in ("device_name", "platform", "cores")}
-        versions = {"python": found.get("python"), **found["versions"]}
+        versions = {"python": found.get("python"), **found.get("versions", {})}
         code = {f"code of {name}": digest for name, digest in code.items()}
         return machine | versions | {name: settings.get(name) for name in ("seed", "threads")} | code
 

@@ -40,7 +40,9 @@ REPEATS = 10
 LENGTH_S = 20.0
 ROOT = Path(__file__).resolve().parent.parent
 DONE = ("ok", "wrong", "refused", "missing")  # what --resume does not try again
-INTERRUPTED = {"status": results.STOPPED, "reason": "the run was stopped before its last repeat"}
+INTERRUPTED = {"status": results.STOPPED, "reason": "the run was stopped before this row was done"}
+AGAIN = "; gone on with, it is "  # before how a later run's row of fewer repeats ended
+STEPS = {"compile": "compilation", "first": "first call"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,10 +228,31 @@ def describe(row: dict) -> str:
     return f"{row['case']:<14}{row['keys']:>7}  {row['label']:<22}{outcome}"
 
 
+def better(old: dict | None, new: dict) -> dict:
+    """The row to keep of an earlier run's and this run's: this one if it is right or wrong, else the one with more
+    repeats, those of a measurement before those of a failure. A kept earlier one also says how this one ended.
+    """
+
+    def repeats(row: dict) -> tuple[int, int]:
+        count = len(row["times_s"])
+        return count if results.measured(row) else 0, count
+
+    if old is None or new["status"] in ("ok", "wrong") or repeats(new) >= repeats(old):
+        return new
+    if new["status"] == results.STOPPED:
+        return old
+    return old | {"reason": f"{old['reason'].partition(AGAIN)[0]}{AGAIN}{new['status']}: {new['reason']}"}
+
+
 class Runner:
     """One run: its settings, its results so far, and the time that is left."""
 
     def __init__(self, settings: Settings, folder: Path | None, command: str, earlier: dict | None = None):
+        """Raises: RuntimeError where the folder holds another run's results, or `earlier` is of another machine or
+        code, or jax does not start.
+        """
+        if earlier is None and folder is not None and (folder / "results.json").exists():
+            raise RuntimeError(f"{folder} holds results: give --resume {folder} to go on with them, or another folder")
         self.start = time.monotonic()
         self.settings = settings
         self.scratch = Path(tempfile.mkdtemp(prefix="jaxattn-bench-"))
@@ -296,13 +319,17 @@ class Runner:
 
     def save(self) -> None:
         """Write the results file; rows that are being timed stand in it as those of a run that was stopped now."""
-        begun = {
-            one.problem.key(): one.row | INTERRUPTED
-            for one in self.under_way
-            if not one.saved and results.measured(one.row)
-        }
-        kept = [row for row in self.results["rows"] if results.key(row) not in begun]
-        results.save(self.results | {"rows": [*kept, *begun.values()]}, self.folder)
+        rows = self.results["rows"]
+        for one in self.under_way:
+            if not one.saved and results.measured(one.row):
+                rows = self.with_row(rows, one.row | INTERRUPTED)
+        results.save(self.results | {"rows": rows}, self.folder)
+
+    @staticmethod
+    def with_row(rows: list[dict], row: dict) -> list[dict]:
+        """The rows with this one, or with what `better` keeps of it and an earlier one of the same measurement."""
+        old = next((other for other in rows if results.key(other) == results.key(row)), None)
+        return [*(other for other in rows if other is not old), better(old, row)]
 
     def left_s(self) -> float:
         return self.settings.total_s - (time.monotonic() - self.start)
@@ -391,12 +418,15 @@ class Runner:
                 going = [one for one in beside + batch if one.row["status"] == "ok"]
                 self.time_in_turns(going, reserved_s, bool(later), progress)
                 for one in beside + batch:
+                    if one.row["status"] == "ok" and self.counts(one.problem):
+                        progress.say(f"{one.problem.case} {one.problem.keys}: bytes of {one.row['label']}")
+                        self.count_bytes(one, reserved_s)
                     self.finish(one, progress)
                 beside = []
         finally:
             for one in waiting:
                 if one.row["times_s"] and not one.saved:
-                    one.row |= INTERRUPTED
+                    one.row |= INTERRUPTED if results.measured(one.row) else {}
                     self.finish(one, progress)
                 one.close()
             self.under_way = []
@@ -563,14 +593,11 @@ class Runner:
         limit_s = min(most_s, max(0.0, self.left_s() - reserved_s) + OVERTIME_S)
         reply = self.step(one, lambda: one.child.ask(do, limit_s, **request))
         if one.row["status"] == "timed out" and limit_s < most_s:
-            one.row["status"], one.row["reason"] = "skipped", f"time: its {do} did not end in the {limit_s:.0f} s left"
+            one.row["status"], one.row["reason"] = "skipped", f"time: its {STEPS[do]} did not end by the deadline"
         return reply
 
     def gate(self, one: Measurement, reserved_s: float) -> None:
-        """Compile, compare the compiler's bytes with the memory, call once, judge; "ok" if it may be timed.
-
-        Bytes are counted last: what counting allocates is not in the peak of memory.
-        """
+        """Compile, compare the compiler's bytes with the memory, call once, judge; "ok" if it may be timed."""
         row = one.row
         reply = self.within(one, COMPILE_S, reserved_s, "compile")
         if reply is None:
@@ -595,14 +622,38 @@ class Runner:
             if not reply["right"]:
                 row["status"], row["reason"] = "wrong", reply["reason"]
                 return
-        if self.settings.traffic and row["framework"] == "jax":
-            start = time.monotonic()
-            reply = self.within(one, COMPILE_S, reserved_s, "traffic")
-            row["traffic_s"] = time.monotonic() - start
-            if reply is None:
-                return
-            row["traffic"] = reply
         row["status"] = "ok"
+
+    def counts(self, problem: Problem) -> bool:
+        """Whether the bytes that the row moves are counted."""
+        return self.settings.traffic and adapters.find(problem.implementation).framework == "jax"
+
+    def counting_s(self, problem: Problem) -> float:
+        """Predicted seconds of counting the row's bytes: what the implementation's last count took."""
+        if not self.counts(problem):
+            return 0.0
+        for row in reversed(self.results["rows"]):
+            if row["implementation"] == problem.implementation and row.get("traffic_s"):
+                return row["traffic_s"]
+        return COMPILE_GUESS_S
+
+    def count_bytes(self, one: Measurement, reserved_s: float) -> None:
+        """Count the bytes that a timed row moves. What goes wrong stands in their place and costs no time of the row.
+
+        After the timing, so that neither what counting allocates is in the peak of memory, nor a process that it
+        ends has times to lose.
+        """
+        start, left_s = time.monotonic(), self.left_s() - reserved_s
+        if left_s < 0:
+            one.row["traffic"] = {"reason": "time: nothing was left for counting its bytes"}
+            return
+        try:
+            reply = one.child.ask("traffic", min(COMPILE_S, left_s + OVERTIME_S))
+            if not reply.pop("ok"):
+                reply = {"reason": reply["reason"]}
+        except ChildFailure as failure:
+            reply = {"reason": f"{failure.status}: {failure.reason}"}
+        one.row["traffic"], one.row["traffic_s"] = reply, time.monotonic() - start
 
     def ask_judge(self, do: str, **request) -> dict:
         """The judge's reply; where its process has ended, why, and a new judge takes its place."""
@@ -619,7 +670,7 @@ class Runner:
         A turn of a fast implementation takes several samples, so that rounds are not all waiting. After each
         round the repeats so far are on the disk, as those of a run that was stopped there.
         """
-        left_s = max(0.0, self.left_s() - reserved_s)
+        left_s = max(0.0, self.left_s() - reserved_s - sum(self.counting_s(one.problem) for one in going))
         end = time.monotonic() + (min(self.settings.length_s, left_s / 3) if more else left_s)
         for turn in range(self.settings.repeats):
             for one in going:
@@ -641,15 +692,13 @@ class Runner:
     def finish(self, one: Measurement, progress: Progress) -> None:
         """A row is final: its process ends, and it goes to the disk. Once: a second time does nothing.
 
-        It takes the place of an earlier run's row, unless that has repeats and this one has none.
+        It takes the place of an earlier run's row where it is the `better` one.
         """
         one.close()
         if one.saved:
             return
         one.saved = True
-        old = [row for row in self.results["rows"] if results.key(row) == one.problem.key()]
-        if not (any(map(results.measured, old)) and one.row["status"] == "skipped"):
-            self.results["rows"] = [row for row in self.results["rows"] if row not in old] + [one.row]
+        self.results["rows"] = self.with_row(self.results["rows"], one.row)
         self.results["seconds"] = time.monotonic() - self.start
         self.save()
         progress.done(one.row)

@@ -41,7 +41,8 @@ class Cosine:
       max_length: M; positions must be below it, those of later decoding steps too.
 
     Raises:
-      ValueError: when called with more tokens than max_length.
+      ValueError: when called with more tokens than max_length, or with a position that is not below it. Traced
+        positions (those under jit) cannot be checked: there, keeping below max_length is the caller's part.
 
     Source: Qin et al., cosFormer (2022), equations 9 and 10.
     """
@@ -53,6 +54,8 @@ class Cosine:
         del is_query
         if x.shape[-2] > self.max_length:
             raise ValueError(f"max_length={self.max_length} must be at least the {x.shape[-2]} tokens")
+        if x.shape[-2] and not isinstance(positions, jax.core.Tracer) and positions.max() >= self.max_length:
+            raise ValueError(f"max_length={self.max_length} must be above the last position, {positions.max()}")
         angle = (jnp.pi / 2) * positions.astype(x.dtype)[:, None] / self.max_length
         x = jax.nn.relu(x)
         return jnp.concatenate([x * jnp.cos(angle), x * jnp.sin(angle)], axis=-1)

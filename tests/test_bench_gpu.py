@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from bench import gpu, measure, run
+from bench import commands, counters, gpu, measure, results, run
 from bench.gpu import Part
 
 
@@ -15,8 +15,9 @@ def modules(tmp_path, monkeypatch):
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     for name, code in (
         ("good", "print('fine')"),
-        ("bad", "raise SystemExit(3)"),
-        ("absent", "print('no such tool')\nraise SystemExit(2)"),
+        ("bad", "raise SystemExit(1)"),
+        ("absent", "print('no such tool')\nraise SystemExit(3)"),
+        ("misused", "raise SystemExit(2)"),
         ("endless", "import time\nprint('begun')\ntime.sleep(60)"),
     ):
         (tmp_path / f"{name}.py").write_text(code)
@@ -30,16 +31,17 @@ def test_each_part_is_recorded_with_how_it_ended(modules):
         Part("three", "", ("endless",), 1),
         Part("four", "", ("good",), 60, needs="no such command"),
         Part("five", "", ("good",), 60),
-        Part("six", "", ("absent",), 60, missing_code=2),
+        Part("six", "", ("absent",), 60, missing_code=commands.MISSING),
         Part("seven", "", ("absent",), 60),
+        Part("eight", "", ("misused",), 60, missing_code=commands.MISSING),
     ]
     gpu.run_parts(chosen, modules)
     record = json.loads((modules / "parts.json").read_text())
     status = {name: part["status"] for name, part in record.items()}
     expected = {"one": "ok", "two": "failed", "three": "timed out", "four": "missing", "five": "ok"}
-    assert status == expected | {"six": "missing", "seven": "failed"}
+    assert status == expected | {"six": "missing", "seven": "failed", "eight": "failed"}
     assert record["six"]["reason"] == "no such tool"
-    assert record["two"]["reason"] == "exit code 3; see two/output.txt"
+    assert record["two"]["reason"] == "exit code 1; see two/output.txt"
     assert record["three"]["seconds"] < 20
     assert (modules / "three/output.txt").read_text() == "begun\n"
     assert record["one"]["command"] == "python -m good"
@@ -61,6 +63,21 @@ def test_the_cases_are_measured_with_their_bytes(tmp_path):
     assert arguments.traffic
     assert arguments.case == list(gpu.CASES)
     assert 60 * arguments.minutes + run.OVERTIME_S + 20 < part.limit_s  # 20: starting, and the last reference
+
+
+def test_a_missing_tool_is_told_apart_from_a_command_that_is_misused(tmp_path, monkeypatch):
+    (part,) = [part for part in gpu.parts(tmp_path) if part.name == "counters"]
+    monkeypatch.setattr(counters, "missing", lambda: ["no tool"])
+    assert counters.main([]) == part.missing_code
+    with pytest.raises(SystemExit) as caught:
+        counters.main(["--no-such-option"])
+    assert caught.value.code != part.missing_code
+
+
+def test_cases_that_were_begun_are_gone_on_with(tmp_path):
+    results.write_text(tmp_path / "cases/results.json", "{}")
+    (part,) = [part for part in gpu.parts(tmp_path) if part.name == "cases"]
+    assert part.argv == ("bench", "--resume", str(tmp_path / "cases"))
 
 
 def test_figures_are_drawn_from_what_the_cases_wrote(tmp_path):

@@ -341,9 +341,11 @@ def test_compare_says_what_else_differs_and_what_only_one_file_holds(example, tm
         (b"{", "not JSON"),
         (b"\xff\x00", "not JSON"),
         (b"{}", "schema"),
-        (b'{"schema": 1, "rows": []}', "not a whole results file, without date, command, settings, environment"),
-        ({"rows": [{"status": "ok"}]}, "a row without"),
-        ({"rows": [3]}, "a row without"),
+        (b'{"schema": 1, "rows": []}', "without command, commit, date, environment, settings"),
+        ({"rows": [{"status": "ok"}]}, "without batch, case.* in a row"),
+        ({"rows": [3]}, "in a row"),
+        ({"settings": {}}, "without threads in its settings"),
+        ({"environment": {"device": "cpu"}}, "without cores, device_name, load_average in its environment"),
         ({"rows": None}, "without rows"),
     ],
 )
@@ -355,6 +357,18 @@ def test_a_file_that_is_no_results_file_is_named(content, problem, tmp_path):
     with pytest.raises(ValueError, match=problem) as caught:
         results.load(tmp_path)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_a_file_that_holds_only_what_is_required_is_drawn_compared_and_reported(example, tmp_path, monkeypatch):
+    monkeypatch.setattr(plot, "save", lambda figure, path: path)
+    least = {name: example[name] for name in {"schema"} | results.REQUIRED["file"]}
+    for name in ("settings", "environment"):
+        least[name] = {key: example[name][key] for key in results.REQUIRED[name]}
+    least["rows"] = [{name: one[name] for name in results.REQUIRED["row"]} for one in example["rows"]]
+    results.save(least, tmp_path)
+    assert plot.main([str(tmp_path)]) == 0
+    assert report.main([str(tmp_path)]) == 0
+    assert compare.main([str(tmp_path)] * 2) == 0
 
 
 def test_what_cannot_be_written_is_named_in_one_line(example, tmp_path, capsys, monkeypatch):

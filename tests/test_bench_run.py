@@ -4,6 +4,7 @@ Runs real child processes at tiny shapes; the predictions of memory are compared
 """
 
 import dataclasses
+import itertools
 import json
 import shlex
 import sys
@@ -140,6 +141,58 @@ def test_a_run_is_gone_on_with_by_its_own_options(mixed, tmp_path):
     results.save(mixed, tmp_path)
     with pytest.raises(ValueError, match="its command 'a test' is not one to go on with"):
         measure.resumed(tmp_path, resume)
+    results.save(mixed | {"command": "python -m bench cpu --pairs 3"}, tmp_path)
+    with pytest.raises(ValueError, match=f"resume it with python -m bench cpu --resume {tmp_path}$"):
+        measure.resumed(tmp_path, resume)
+
+
+def test_results_that_are_there_are_not_written_over(tmp_path, capsys):
+    (tmp_path / "results.json").write_text("kept")
+    assert measure.main(["--out", str(tmp_path)]) == 2
+    assert f"give --resume {tmp_path} to go on with them, or another folder" in capsys.readouterr().err
+    assert (tmp_path / "results.json").read_text() == "kept"
+
+
+def ended(status, repeats, reason="why"):
+    return {"status": status, "times_s": [1.0] * repeats, "reason": reason}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "kept"),
+    [
+        (("stopped", 9), ("crashed", 0), "old"),
+        (("stopped", 9), ("timed out", 3), "old"),
+        (("stopped", 3), ("crashed", 5), "old"),
+        (("crashed", 5), ("skipped", 0), "old"),
+        (("crashed", 5), ("stopped", 3), "new"),
+        (("stopped", 3), ("stopped", 4), "new"),
+        (("skipped", 0), ("crashed", 0), "new"),
+        (("stopped", 9), ("ok", 3), "new"),
+        (("stopped", 9), ("wrong", 0), "new"),
+    ],
+)
+def test_an_earlier_run_s_row_is_kept_where_it_has_more_repeats(old, new, kept):
+    old, new = ended(*old, "then"), ended(*new, "now")
+    row = run.better(old, new)
+    if kept == "new":
+        assert row is new
+        return
+    assert row == old | {"reason": f"then; gone on with, it is {new['status']}: now"}
+    assert run.better(row, new) == row  # said once
+
+
+def test_fewer_repeats_do_not_take_the_place_of_more_while_they_are_taken(tmp_path):
+    problem = Problem("c", "x", 1, 64, 64, 2, 2, 16, "causal", "float32", "cpu")
+    one = run.Runner.__new__(run.Runner)
+    one.folder, old = tmp_path, dataclasses.asdict(problem) | ended("stopped", 9)
+    one.results = {"rows": [old]}
+    one.under_way = [run.Measurement(problem, dataclasses.asdict(problem) | ended("ok", 3))]
+    one.save()
+    assert json.loads((tmp_path / "results.json").read_text())["rows"] == [old]
+    one.under_way[0].row["times_s"] *= 4
+    one.save()
+    (row,) = json.loads((tmp_path / "results.json").read_text())["rows"]
+    assert (row["status"], len(row["times_s"])) == ("stopped", 12)
 
 
 def test_repeats_are_on_the_disk_after_each_round_and_are_no_finished_row(tmp_path, monkeypatch):
@@ -165,7 +218,9 @@ def test_repeats_are_on_the_disk_after_each_round_and_are_no_finished_row(tmp_pa
     assert final["status"] == "ok"
     with runner(tmp_path / "again", earlier=third, total_s=0, implementations=(name,)) as one:
         one.run([dataclasses.replace(TINY, always=False)])
-    assert one.results["rows"] == third["rows"]  # without time for more, what there was is not lost
+    (row,) = one.results["rows"]  # without time for more, what there was is not lost
+    assert row["reason"].partition("; gone on with, it is ")[2].startswith("skipped: time: ")
+    assert [row | {"reason": third["rows"][0]["reason"]}] == third["rows"]
 
 
 def test_a_row_that_was_being_timed_when_the_run_was_stopped_is_measured_again(tmp_path, monkeypatch):
@@ -181,7 +236,7 @@ def test_a_row_that_was_being_timed_when_the_run_was_stopped_is_measured_again(t
     with runner(tmp_path, implementations=(name,)) as one, pytest.raises(KeyboardInterrupt):
         one.run([TINY])
     row = row_of(results.load(tmp_path / "run"), name)
-    assert (row["status"], row["reason"]) == ("stopped", "the run was stopped before its last repeat")
+    assert (row["status"], row["reason"]) == ("stopped", "the run was stopped before this row was done")
     assert row["times_s"]
     assert "stopped" not in run.DONE
 
@@ -194,11 +249,17 @@ def test_gradients_are_judged_and_timed(tmp_path):
     assert all(row["times_s"] for row in rows)
 
 
-def test_bytes_are_counted_beside_the_times_and_drawn(tmp_path):
+def test_bytes_are_counted_after_the_times_and_drawn(tmp_path, monkeypatch):
+    asked, ask = [], run.Child.ask
+    monkeypatch.setattr(
+        run.Child, "ask", lambda self, do, *a, **request: asked.append(do) or ask(self, do, *a, **request)
+    )
     with runner(tmp_path, traffic=True, implementations=("jaxattn-naive", "torch-eager")) as one:
         one.run([TINY])
         data = one.results
     found = row_of(data, "jaxattn-naive")["traffic"]
+    assert asked.count("traffic") == 1
+    assert asked[-1] == "traffic"  # where it ends the process, the times are there
     assert found["unknown"] == []
     assert found["requested_bytes"] >= found["compulsory_bytes"] == (2 * 64 * 4 + 2 * 64 * 2) * 16 * 4
     assert found["compulsory_bytes"] <= found["dram_low_bytes"] <= found["dram_high_bytes"]
@@ -387,10 +448,32 @@ def test_a_step_that_outlasts_the_time_left_is_skipped_for_time(monkeypatch):
     problem = Problem("c", "x", 1, 64, 64, 2, 2, 16, "causal", "float32", "cpu")
     short, enough = (run.Measurement(problem, {"status": "waiting", "reason": ""}, Late()) for _ in range(2))
     assert one.within(short, 180.0, 25.0, "compile") is None
-    assert (short.row["status"], short.row["reason"]) == ("skipped", "time: its compile did not end in the 15 s left")
+    assert (short.row["status"], short.row["reason"]) == (
+        "skipped",
+        "time: its compilation did not end by the deadline",
+    )
     assert one.within(enough, 20.0, 0.0, "first") is None
     assert enough.row["status"] == "timed out"
     assert asked == [("compile", 15.0), ("first", 20.0)]
+
+
+@pytest.mark.parametrize("left_s", [30.0, -1.0])
+def test_what_goes_wrong_while_bytes_are_counted_costs_no_time_of_the_row(monkeypatch, left_s):
+    one = run.Runner.__new__(run.Runner)
+    monkeypatch.setattr(one, "left_s", lambda: 25 + left_s, raising=False)
+
+    class Crashing:
+        def ask(self, do, timeout_s):
+            assert (do, timeout_s) == ("traffic", 40.0)
+            raise run.ChildFailure("crashed", "the process ended with signal SIGSEGV")
+
+    problem = Problem("c", "x", 1, 64, 64, 2, 2, 16, "causal", "float32", "cpu")
+    timed = run.Measurement(problem, ended("ok", 3, ""), Crashing())
+    one.count_bytes(timed, 25.0)
+    reason = timed.row["traffic"]["reason"]
+    crashed = "crashed: the process ended with signal SIGSEGV"
+    assert reason == ("time: nothing was left for counting its bytes" if left_s < 0 else crashed)
+    assert {name: timed.row[name] for name in ("status", "times_s", "reason")} == ended("ok", 3, "")
 
 
 def test_a_child_that_does_not_answer_is_ended(tmp_path, monkeypatch):
@@ -407,7 +490,8 @@ POPEN = run.subprocess.Popen
 
 
 def test_results_are_replaced_whole(tmp_path, monkeypatch):
-    whole = {"schema": 1, "date": "first", "command": "", "settings": {}, "environment": {}, "rows": []}
+    parts = {name: dict.fromkeys(results.REQUIRED[name]) for name in ("settings", "environment")}
+    whole = {"schema": 1, "date": "first", "command": "", "commit": None, "rows": []} | parts
     results.save(whole, tmp_path)
     with pytest.raises(TypeError):
         results.save(whole | {"rows": [object()]}, tmp_path)
@@ -442,6 +526,28 @@ def test_a_gpu_that_jax_does_not_use_is_named_with_the_line_that_installs_it(mon
     assert "NVIDIA H100" in note
     assert "pip install -e '.[all,cuda]'" in note
     assert environment.describe("cpu")["notes"] == []
+
+
+def test_the_digest_of_the_code_covers_names_tables_and_a_user_s_whole_package_and_imports_nothing(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(environment, "__file__", str(tmp_path / "bench/environment.py"))
+    monkeypatch.syspath_prepend(tmp_path / "user")
+    files = {"ours": "jaxattn/impl/table.json", "also ours": "oracle/a.py"}
+    files |= {"": "user/brought/__init__.py", "theirs": "user/brought/inner/kernels.py"}
+    for path in files.values():
+        results.write_text(tmp_path / path, "raise RuntimeError('it was imported')")
+    seen = [environment.code(["brought.inner.fn", "no_such_package.fn"])]
+    for path in files.values():
+        (tmp_path / path).write_text("changed")
+        seen.append(environment.code(["brought.inner.fn"]))
+    moved = tmp_path / files["theirs"]
+    moved.rename(moved.with_name("renamed.py"))
+    seen.append(environment.code(["brought.inner.fn"]))
+    assert all(found.keys() == {results.CHECKOUT, "brought.inner.fn"} for found in seen)
+    changes = [{name for name in new if new[name] != old[name]} for old, new in itertools.pairwise(seen)]
+    assert changes == [{results.CHECKOUT}] * 2 + [{"brought.inner.fn"}] * 3
+    assert not any(name.startswith("brought") for name in sys.modules)
 
 
 def test_a_busy_machine_is_said_to_be_busy(monkeypatch):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from bench import labs
-from bench.labs import anatomy, checkpoint, complexity, flash, gqa, heads, lab, tasks, toy
+from bench.labs import anatomy, checkpoint, complexity, flash, gqa, heads, lab, sparse, tasks, toy
 from bench.labs.measure import measure, measure_here
 
 
@@ -158,6 +158,16 @@ def test_sparse_patterns_are_counted_and_their_error_is_from_full_attention(in_t
     assert rows["window"]["theory_flops"] == pytest.approx(window * rows["full"]["theory_flops"])
     assert all(0.01 < rows[name]["error"] < 2 for name in rows if name not in ("full", "naive"))
     assert not any(row["unknown"] for row in rows.values())
+
+
+def test_memory_that_is_too_little_to_grow_is_not_fitted():
+    rows = [
+        {"name": kind, "seq": seq, "density": 1 / len(kind), "temporaries_bytes": 0}
+        for kind in sparse.KINDS
+        for seq in (128, 256)
+    ]
+    (claim,) = sparse.claims(rows)
+    assert "fewer pairs" in claim["text"]
 
 
 @pytest.mark.slow

@@ -165,6 +165,15 @@ def test_a_query_whose_weights_are_all_zero_gives_zero():
     assert np.all(np.asarray(out) == 0)
 
 
+def test_decoding_past_the_longest_length_is_refused():
+    q, k, v = (x[:, :1] for x in operands())
+    options = {"feature_map": Cosine(max_length=12), "is_causal": True}
+    state = initial_state(B, K, 2 * H, HV)
+    linear_attention(q, k, v, state=state._replace(length=jnp.asarray(11)), **options)
+    with pytest.raises(ValueError, match="max_length=12 must be above the last position, 12"):
+        linear_attention(q, k, v, state=state._replace(length=jnp.asarray(12)), **options)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

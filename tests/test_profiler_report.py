@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 
 import jaxattn
-from bench import counters, traffic
+from bench import commands, counters, traffic
 from jaxattn.impl.triton import Triton
 from jaxattn.profiler import Report, profile
 from jaxattn.profiler import compile as compiling
@@ -462,10 +462,10 @@ def test_counters_are_checked_three_ways():
 def test_counters_without_gpu_or_tool_say_which_is_missing(monkeypatch, capsys):
     monkeypatch.setattr(counters.environment, "nvidia_gpu", lambda: None)
     monkeypatch.setattr(counters.shutil, "which", lambda name: None)
-    assert counters.main([]) == 2
+    assert counters.main([]) == commands.MISSING
     text = capsys.readouterr().err
     assert "no NVIDIA GPU" in text
     assert "ncu" in text
     monkeypatch.setattr(counters.environment, "nvidia_gpu", lambda: "NVIDIA H100")
-    assert counters.main([]) == 2
+    assert counters.main([]) == commands.MISSING
     assert "no NVIDIA GPU" not in capsys.readouterr().err
