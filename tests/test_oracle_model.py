@@ -117,8 +117,8 @@ def test_code_that_a_tokenizer_names_is_not_run_and_a_broken_one_is_not_called_a
     capsys.readouterr()
     assert command.main(arguments) == 2
     assert not witness.exists()
-    assert re.fullmatch("error: --prompt needs a tokenizer, .*ValueError: .*custom code.*\n", capsys.readouterr().err)
+    assert re.search("^error: --prompt needs a tokenizer, .*ValueError: .*custom code", capsys.readouterr().err, re.M)
     (source / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
     (source / "tokenizer.json").write_text("{")
     assert command.main(arguments) == 2
-    assert re.fullmatch(r"error: --prompt needs a tokenizer, .*: \w+: .+\n", capsys.readouterr().err)
+    assert re.search(r"^error: --prompt needs a tokenizer, .* leave --prompt out: \w+: ", capsys.readouterr().err, re.M)
