@@ -291,8 +291,9 @@ def compare_model(
     "logits": in float32 against Hugging Face's float32, the largest error at most 1e-4 of the largest logit;
     in other dtypes by the accuracy rule. "greedy tokens": in float32 the share of generated tokens that
     differ from those of Hugging Face's `generate` with its KV cache, which must be 0; in other dtypes the
-    same where the two best logits lie further apart than twice the largest error of Hugging Face's own in any step,
-    each token being chosen after those that Hugging Face chose, for one near tie would change all that follows.
+    same where the two best logits lie further apart than twice the largest error of Hugging Face's own in that step
+    and in nine steps of ten, each token being chosen after those that Hugging Face chose, for one near tie would
+    change all that follows.
 
     Args: folder: the checkpoint. dtype: "float32" or "bfloat16". tokens: T of the prompts. new_tokens: to
     generate. device: as in `llama_subject`, for the logits.
@@ -330,8 +331,8 @@ def compare_model(
         rows = [np.concatenate([row, more[:-1]]) for row, more in zip(prompts, expected, strict=True)]
         steps, near_steps = (np.stack([x[-new_tokens:] for x in reference.logits(m, rows)]) for m in (exact, hf))
         best, error = np.sort(steps, -1), np.abs(near_steps - steps).max(-1)
-        # The largest of all steps: one whose error happens to be small in torch need not be so lucky here.
-        clear = best[..., -1] - best[..., -2] > 2 * error.max()
+        # A step whose error happens to be small in torch need not be so lucky here.
+        clear = best[..., -1] - best[..., -2] > 2 * np.maximum(error, np.quantile(error, 0.9))
         if not clear.any():
             raise ValueError("no step has a clear best token: the comparison of choices would prove nothing")
         wrong = (_choices(model, ids, padding, expected) != expected)[clear]
