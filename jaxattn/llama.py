@@ -14,10 +14,12 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -232,8 +234,8 @@ def load_attention(
       implementation, dtype: as in `nn.Attention`. param_dtype: of the parameters; None keeps each tensor's.
 
     Returns: an `nn.Attention`.
-    Raises: ValueError that lists every missing, extra (under the prefix) or misshaped tensor; for NaN
-    weights.
+    Raises: ValueError that lists every missing, extra (under the prefix) or misshaped tensor; for NaN or infinite
+    weights, and those that are infinite in param_dtype.
 
     >>> rows = {"q_proj": 2048, "k_proj": 512, "v_proj": 512, "o_proj": 2048}
     >>> tensors = {f"{name}.weight": np.zeros((n, 2048), np.float32) for name, n in rows.items()}
@@ -259,8 +261,9 @@ def load_attention(
         )
     )
     for name, (parameter, axes) in table.items():
-        array = jnp.asarray(convert(_sound(prefix + name, tensors[prefix + name]), axes, config))
-        setattr(layer, parameter, nnx.Param(array if param_dtype is None else array.astype(param_dtype)))
+        array = tensors[prefix + name]
+        array = _cast(prefix + name, array, array.dtype if param_dtype is None else param_dtype)
+        setattr(layer, parameter, nnx.Param(jnp.asarray(convert(array, axes, config))))
     return layer
 
 
@@ -333,8 +336,8 @@ def load(
       `build`.
 
     Returns: an `nn.Transformer`.
-    Raises: ValueError that lists every missing, extra or misshaped tensor, for NaN or infinite weights, and where
-    the embeddings are said to be tied and `lm_head.weight` is another.
+    Raises: ValueError that lists every missing, extra or misshaped tensor, for NaN or infinite weights, for those
+    that are infinite in param_dtype, and where the embeddings are said to be tied and `lm_head.weight` is another.
 
     Example: `load(LlamaConfig.from_folder(folder), Safetensors(folder))`.
     """
@@ -354,8 +357,8 @@ def load(
     )
     stacks: dict[str, np.ndarray] = {}
     for name, (path, axes) in table.items():
-        array = _sound(name, tensors[path if ours else name])
-        array = (array if ours else convert(array, axes, config)).astype(param_dtype, copy=False)
+        array = _cast(name, tensors[path if ours else name], param_dtype)
+        array = array if ours else convert(array, axes, config)
         outer, index, inner = _split_path(path)
         if index is None:
             stacks[outer] = array
@@ -380,7 +383,7 @@ def _split_path(path: str) -> tuple[str, int | None, str]:
     return path, None, path
 
 
-def _sound(name: str, array: np.ndarray) -> np.ndarray:
+def _sound(name: str, array: np.ndarray, where: str = "") -> np.ndarray:
     """The array, or an error that names it: another dtype, NaN, infinities. Looked at in pieces, to copy
     little."""
     if array.dtype.name not in DTYPES:
@@ -388,10 +391,19 @@ def _sound(name: str, array: np.ndarray) -> np.ndarray:
     flat, wrong = array.reshape(-1), 0
     for start in range(0, flat.size, _PIECE):
         piece = flat[start : start + _PIECE]
-        wrong += piece.size - int(np.isfinite(piece.astype(np.float32, copy=False)).sum())
+        wrong += piece.size - int(np.isfinite(piece).sum())
     if wrong:
-        raise ValueError(f"{name} has {wrong} weights of {array.size} that are NaN or infinite")
+        raise ValueError(f"{name} has {wrong} weights of {array.size} that are NaN or infinite{where}")
     return array
+
+
+def _cast(name: str, array: np.ndarray, dtype: Any) -> np.ndarray:
+    """A sound array in the dtype that JAX makes of this one, or an error that names it where that cannot hold it."""
+    array, dtype = _sound(name, array), jax.dtypes.canonicalize_dtype(dtype)
+    if array.dtype == dtype:
+        return array
+    with np.errstate(over="ignore"):
+        return _sound(name, array.astype(dtype), f" in {dtype}, though finite in {array.dtype}")
 
 
 def convert(array: np.ndarray, axes: str, config: LlamaConfig, *, inverse: bool = False) -> np.ndarray:
@@ -434,7 +446,7 @@ def check_tensors(
 ) -> None:
     """Compare names and shapes with what a model needs.
 
-    Args: expected: name -> axes. tensors: name -> array, or `Safetensors`. names: those of it to look at;
+    Args: expected: name -> axes. tensors: name -> array, as in `load`. names: those of it to look at;
     None is all.
     Raises: ValueError that lists every missing, extra and misshaped tensor.
 
@@ -456,7 +468,9 @@ def check_tensors(
 
 
 def _shape(tensors: Mapping[str, Any], name: str) -> tuple[int, ...]:
-    return tensors.shape(name) if isinstance(tensors, Safetensors) else tuple(tensors[name].shape)
+    """A tensor's shape; readers of files, as `Safetensors`, tell it without the tensor."""
+    known = getattr(tensors, "shape", None)
+    return tuple(np.shape(tensors[name])) if known is None else known(name)
 
 
 def save_converted(folder: str | Path, config: LlamaConfig, tensors: Mapping[str, np.ndarray]) -> Path:
@@ -560,7 +574,7 @@ class Safetensors(Mapping[str, np.ndarray]):
         if single.is_file():
             self._file_of = dict.fromkeys(_tensor_names(single), single)
         elif index.is_file():
-            self._file_of = _read_index(index)
+            self._file_of = read_index(index, ".safetensors", _tensor_names)
         else:
             raise FileNotFoundError(f"{folder} holds neither {single.name} nor {index.name}")
 
@@ -595,17 +609,18 @@ def _tensor_names(path: Path) -> list[str]:
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    twice = sorted(name for name, times in Counter(name for name, _ in pairs).items() if times > 1)
     if twice:
         raise ValueError(f"its header names these twice: {twice[:10]}")
     return dict(pairs)
 
 
-def indexed_files(path: Path, suffix: str) -> dict[str, Path]:
-    """The file of each tensor by an index file (`weight_map`), each beside it, named *suffix, and there.
+def read_index(path: Path, suffix: str, names_in: Callable[[Path], Iterable[str]]) -> dict[str, Path]:
+    """The file of each tensor by an index file (`weight_map`), each beside it, named *suffix, there, and as it says.
 
-    Raises: ValueError for an index that is none, or names other files; FileNotFoundError for missing ones.
+    Args: path: of the index. suffix: of the shards' names. names_in: the names of the tensors that a shard holds.
+    Raises: ValueError for an index that is none, names other files, or disagrees with what the shards hold;
+    FileNotFoundError for missing ones.
     """
     files = _read_json(path).get("weight_map")
     if not isinstance(files, dict) or not files or not all(isinstance(x, str) for x in files.values()):
@@ -616,16 +631,11 @@ def indexed_files(path: Path, suffix: str) -> dict[str, Path]:
     missing = sorted({x for x in files.values() if not (path.parent / x).is_file()})
     if missing:
         raise FileNotFoundError(f"{path} names shards that are missing: {missing}")
-    return {name: path.parent / x for name, x in files.items()}
-
-
-def _read_index(path: Path) -> dict[str, Path]:
-    files = indexed_files(path, ".safetensors")
-    held = {name: file for file in sorted(set(files.values())) for name in _tensor_names(file)}
-    wrong = sorted(name for name in files.keys() | held.keys() if held.get(name) != files.get(name))
+    held = {(name, x) for x in sorted(set(files.values())) for name in names_in(path.parent / x)}
+    wrong = sorted({name for name, _ in held ^ files.items()})
     if wrong:
         raise ValueError(f"{path} and its shards disagree about where these tensors are: {wrong[:10]}")
-    return held
+    return {name: path.parent / x for name, x in files.items()}
 
 
 def _check_numbers(config: Mapping) -> None:

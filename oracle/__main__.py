@@ -129,9 +129,12 @@ def run_generate(args) -> int:
             from transformers import AutoTokenizer
 
             try:
-                tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            except (OSError, ValueError) as error:
-                raise ValueError(f"--prompt needs a tokenizer, and {folder} has none: leave --prompt out") from error
+                tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            except Exception as error:  # as in `load_model`; tokenizers' own has no class but this
+                raise ValueError(
+                    f"--prompt needs a tokenizer, and transformers gets none from {folder}, so mend that or leave "
+                    f"--prompt out: {checkpoint.first_line(error)}"
+                ) from error
             ids = np.array([tokenizer(args.prompt)["input_ids"]], np.int64)
             if not ids.size:
                 raise ValueError(f"--prompt {args.prompt!r} has no tokens")
@@ -181,10 +184,11 @@ def run_diff(args) -> int:
 
 def run_parity(args) -> int:
     """The parity table, the planted faults, and the verdict."""
-    from oracle import faults, parity
+    from oracle import checkpoint, faults, parity
 
     start = time.perf_counter()
-    _writable(args.json)
+    if args.json:
+        checkpoint.check_writable(args.json)
     _full_float32()
     device, where = _second_device()
     print(
@@ -215,6 +219,7 @@ def run_parity(args) -> int:
             (tiny, "naive", "float32", 24),
             (tiny, "blockwise", "float32", 24),
             (tiny, "naive", "bfloat16", 24),
+            (tiny, "blockwise", "bfloat16", 24),
             (tiniest, "loops", "float32", 4),
             (tiniest, "triton", "float32", 4),
         ):
@@ -284,7 +289,18 @@ def _compare(subject, dtypes, names, cases=None) -> list:
     return rows
 
 
+def _finite(content):
+    """JSON's content with words for the numbers that JSON has not."""
+    if isinstance(content, dict):
+        return {name: _finite(value) for name, value in content.items()}
+    if isinstance(content, list):
+        return [_finite(value) for value in content]
+    return "not finite" if isinstance(content, float) and not math.isfinite(content) else content
+
+
 def _finish(args, rows, caught, problems, start: float) -> int:
+    from oracle import checkpoint
+
     wrong = [row for row in rows if not row.verdict]
     missed = [item for item in caught if not item]
     for problem in problems:
@@ -304,15 +320,17 @@ def _finish(args, rows, caught, problems, start: float) -> int:
                     "fault": item.fault.name,
                     "subject": item.subject,
                     "implementation": item.implementation,
-                    "margin": "raised" if item.raised else item.margin if math.isfinite(item.margin) else "not finite",
+                    "margin": "raised" if item.raised else item.margin,
                     "first_stage": item.stage,
+                    "named": item.named,
                     "caught": bool(item),
                 }
                 for item in caught
             ],
             "problems": problems,
         }
-        Path(args.json).write_text(json.dumps(content, indent=1) + "\n")
+        with checkpoint.whole_file(args.json) as file:
+            file.write(json.dumps(_finite(content), indent=1, allow_nan=False).encode() + b"\n")
         print(f"wrote {args.json}")
     return 1 if wrong or missed or problems else 0
 
@@ -346,13 +364,6 @@ class _checkpoint:
     def __exit__(self, *_):
         if self.temporary:
             self.temporary.cleanup()
-
-
-def _writable(path: str | None) -> None:
-    """Raise an OSError where a file cannot be written there, before what takes minutes; leaves nothing."""
-    if path is not None and not Path(path).exists():
-        Path(path).touch()
-        Path(path).unlink()
 
 
 def _check_layer(layer: int, layers: int) -> None:

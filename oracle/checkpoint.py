@@ -17,7 +17,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -50,6 +50,8 @@ _META_BLOCK = {
     "attention_norm.weight": "input_layernorm.weight",
     "ffn_norm.weight": "post_attention_layernorm.weight",
 }
+# Whose rows Meta keeps in another order.
+_ROTATED = ("q_proj.weight", "k_proj.weight")
 # What of params.json is used: sizes that must be there, and numbers that have defaults.
 _META_SIZES = ("dim", "n_heads", "n_layers")
 _META_NUMBERS = (
@@ -230,7 +232,7 @@ def find(checkpoint: str | Path) -> Path:
             folder = Path(snapshot_download(str(checkpoint), allow_patterns=list(patterns), ignore_patterns=["*/*"]))
         except Exception as error:  # huggingface_hub, httpx and the operating system each have errors of their own
             raise FileNotFoundError(
-                f"{checkpoint} is no local folder, and the hub did not give it: {_first_line(error)}. For gated models "
+                f"{checkpoint} is no local folder, and the hub did not give it: {first_line(error)}. For gated models "
                 f"accept the licence on the model's page and run `hf auth login` first."
             ) from error
         described = (folder / "config.json").is_file() or (folder / "params.json").is_file()
@@ -269,7 +271,7 @@ def load_model(checkpoint: str | Path, dtype: str = "float32", attention: str = 
             output_loading_info=True,
         )
     except Exception as error:  # transformers, safetensors and torch each have errors of their own for broken files
-        raise ValueError(f"transformers cannot load {folder}: {_first_line(error)}") from error
+        raise ValueError(f"transformers cannot load {folder}: {first_line(error)}") from error
     # transformers would go on with random numbers.
     lacking = sorted(map(str, info["missing_keys"])) + sorted(str(names[0]) for names in info["mismatched_keys"])
     if lacking:
@@ -308,18 +310,45 @@ def _load_meta(folder: Path, dtype: torch.dtype | str, attention: str):
     return (model if dtype == "auto" else model.to(dtype)).eval()
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """The first line of an error's text with its type, which says the most where there is no text."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def read_pickle(path: str | Path) -> dict[str, np.ndarray]:
+class Pickle(Mapping[str, np.ndarray]):
+    """The tensors of PyTorch pickles by name, each made an array when it is asked for; bfloat16 as ml_dtypes'."""
+
+    def __init__(self, tensors: dict[str, torch.Tensor | int | float]):
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        tensor = self._tensors[name]
+        return to_numpy(tensor) if isinstance(tensor, torch.Tensor) else np.float64(tensor)
+
+    @classmethod
+    def joined(cls, pickles: Iterable[Pickle]) -> Pickle:
+        """Several as one, where no two have a name in common."""
+        return cls({name: tensor for pickle in pickles for name, tensor in pickle._tensors.items()})
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape, without the tensor."""
+        tensor = self._tensors[name]
+        return tuple(tensor.shape) if isinstance(tensor, torch.Tensor) else ()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def read_pickle(path: str | Path) -> Pickle:
     """The tensors of a PyTorch pickle (`.bin`, `.pt`, `.pth`), with weights_only=True: no code in it is run.
 
     Args: path: a file that holds a dict of tensors; plain numbers in it become 0-dimensional float64 arrays.
-    Returns: name -> array, memory-mapped where torch can; bfloat16 as ml_dtypes'.
-    Raises: ValueError for a file that is broken, that holds anything but names with tensors, or code.
+    Returns: name -> array, memory-mapped where torch can.
+    Raises: ValueError for a file that is broken, that holds anything but names with plain tensors, or code.
 
     >>> import tempfile
     >>> folder = make(tempfile.mkdtemp(), shapes=TINY, form="bin")
@@ -338,7 +367,7 @@ def read_pickle(path: str | Path) -> dict[str, np.ndarray]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a stream of wrong opcodes raises whatever the reader of pickles stumbles over
         forbidden = re.search(r"Unsupported (?:global|class|operand)[^\n.]*[\w.]+", str(error))
-        reason = f"it holds more than tensors ({forbidden[0]})" if forbidden else _first_line(error)
+        reason = f"it holds more than tensors ({forbidden[0]})" if forbidden else first_line(error)
         raise ValueError(f"{path} cannot be read as a dict of tensors, and nothing in it was run: {reason}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}; it must hold a dict of names and tensors")
@@ -347,38 +376,28 @@ def read_pickle(path: str | Path) -> dict[str, np.ndarray]:
     ]
     if wrong:
         raise ValueError(f"{path} must hold names with tensors; these entries are none: {', '.join(wrong[:10])}")
-    try:
-        return {k: to_numpy(v) if isinstance(v, torch.Tensor) else np.float64(v) for k, v in content.items()}
-    except (RuntimeError, TypeError) as error:  # sparse, quantised, without data
-        raise ValueError(f"{path} cannot be read as a dict of plain tensors: {_first_line(error)}") from error
+    for name, tensor in content.items():
+        try:
+            if isinstance(tensor, torch.Tensor):
+                _check_plain(tensor)
+        except (RuntimeError, TypeError, NotImplementedError) as error:  # what sparse and quantised ones raise
+            raise ValueError(
+                f"{path} cannot be read as a dict of plain tensors: {name}: {first_line(error)}"
+            ) from error
+    return Pickle(content)
 
 
-def pickles(folder: str | Path) -> list[Path]:
-    """The PyTorch weight files of a folder without `model.safetensors` or its index: `pytorch_model*.bin` in order,
-    or none.
+def _check_plain(tensor: torch.Tensor) -> None:
+    """Raise a TypeError or RuntimeError where `to_numpy` could not make an array of a tensor, or not in its size.
 
-    >>> import tempfile
-    >>> [path.name for path in pickles(make(tempfile.mkdtemp(), shapes=TINY, form="bin"))]
-    ['pytorch_model.bin']
+    A pickle says shape and strides of each: a stride of 0 makes a tensor of any size from one number.
     """
-    folder = Path(folder)
-    names = ("model.safetensors", "model.safetensors.index.json")
-    return [] if any((folder / name).is_file() for name in names) else sorted(folder.glob("pytorch_model*.bin"))
-
-
-def read_pickles(paths: list[Path]) -> dict[str, np.ndarray]:
-    """The tensors of several PyTorch pickles together.
-
-    Raises: ValueError as `read_pickle`, and where two files hold the same name.
-    """
-    tensors: dict[str, np.ndarray] = {}
-    for path in paths:
-        content = read_pickle(path)
-        twice = sorted(tensors.keys() & content.keys())
-        if twice:
-            raise ValueError(f"{path} holds tensors that an earlier file holds too: {', '.join(twice[:10])}")
-        tensors |= content
-    return tensors
+    if tensor.layout is not torch.strided or tensor.device.type != "cpu" or tensor.is_neg() or tensor.is_conj():
+        raise TypeError(f"it is {tensor.layout} on {tensor.device}, not an array of numbers in memory")
+    size, held = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()
+    if size > held:
+        raise TypeError(f"its shape {tuple(tensor.shape)} needs {size} bytes, and the file holds {held}")
+    to_numpy(tensor.new_empty(0))  # has NumPy the dtype?
 
 
 class Meta(Mapping[str, np.ndarray]):
@@ -408,10 +427,12 @@ class Meta(Mapping[str, np.ndarray]):
             for name in _META_NUMBERS
             if params.get(name) is not None and not _is_positive(params[name], int, float)
         ]
-        if wrong or D % N:
+        if not isinstance(params.get("use_scaled_rope"), bool | None):
+            wrong.append(f"use_scaled_rope={params['use_scaled_rope']!r}")
+        if wrong or D % (2 * N):
             raise ValueError(
-                f"{folder / 'params.json'} must give positive numbers, and dim a multiple of n_heads; "
-                f"it gives {', '.join(wrong) or f'dim={D}, n_heads={N}'}"
+                f"{folder / 'params.json'} must give positive numbers, dim a multiple of 2 n_heads, and "
+                f"use_scaled_rope true or false; it gives {', '.join(wrong) or f'dim={D}, n_heads={N}'}"
             )
         paths = sorted(folder.glob("consolidated.*.pth"))
         expected = [f"consolidated.{i:02}.pth" for i in range(len(paths))]
@@ -426,22 +447,18 @@ class Meta(Mapping[str, np.ndarray]):
             raise ValueError(f"the shards of {folder} hold different names: {different[:10]}")
         self._head_dim, self._d_model = D // N, D
         self._theirs = {_from_meta(name): name for name in names[0]}
-        wrong = [
-            f"{theirs} {shard[theirs].shape}"
-            for name, theirs in self._theirs.items()
-            for shard in self._shards
-            if name != theirs and shard[theirs].ndim != (1 if name.endswith("norm.weight") else 2)
-        ]
+        problems = ((name, self._problem(name)) for name in self._theirs)
+        wrong = [f"{self._theirs[name]} has {problem}" for name, problem in problems if problem]
         if wrong:
-            raise ValueError(f"{folder} holds tensors with a wrong number of axes: {', '.join(wrong[:10])}")
+            raise ValueError(f"the tensors of {folder} are not Meta's: {', '.join(wrong[:10])}")
         head, embedding, gate = "lm_head.weight", "model.embed_tokens.weight", "model.layers.0.mlp.gate_proj.weight"
         if {embedding, head} <= self._theirs.keys() and _digest(self[head]) == _digest(self[embedding]):
             del self._theirs[head]
         self.config = {
             "model_type": "llama",
-            "vocab_size": len(self[embedding]) if embedding in self._theirs else params.get("vocab_size"),
+            "vocab_size": self.shape(embedding)[0] if embedding in self._theirs else params.get("vocab_size"),
             "hidden_size": D,
-            "intermediate_size": len(self[gate]) if gate in self._theirs else 0,
+            "intermediate_size": self.shape(gate)[0] if gate in self._theirs else 0,
             "num_hidden_layers": layers,
             "num_attention_heads": N,
             "num_key_value_heads": params.get("n_kv_heads") or N,
@@ -463,20 +480,48 @@ class Meta(Mapping[str, np.ndarray]):
             }
 
     def __getitem__(self, name: str) -> np.ndarray:
-        parts = [shard[self._theirs[name]] for shard in self._shards]
-        array = parts[0] if len(parts) == 1 or parts[0].ndim == 1 else np.concatenate(parts, self._axis(name, parts[0]))
-        if name.endswith(("q_proj.weight", "k_proj.weight")):
-            H = self._head_dim
-            heads = array.reshape(-1, H // 2, 2, array.shape[1])  # rows (2i, 2i + 1) of a head become (i, i + H / 2)
+        theirs, axis = self._theirs[name], self._axis(name)
+        parts = [shard[theirs] for shard in (self._shards[:1] if axis is None else self._shards)]
+        dtypes = sorted({str(part.dtype) for part in parts})
+        if len(dtypes) > 1:
+            raise ValueError(f"the shards hold {theirs} in several dtypes: {', '.join(dtypes)}")
+        array = parts[0] if len(parts) == 1 else np.concatenate(parts, axis)
+        if name.endswith(_ROTATED):
+            (rows, columns), H = array.shape, self._head_dim
+            heads = array.reshape(rows // H, H // 2, 2, columns)  # rows (2i, 2i + 1) of a head become (i, i + H / 2)
             array = np.ascontiguousarray(heads.swapaxes(1, 2)).reshape(array.shape)
         return array
 
-    def _axis(self, name: str, part: np.ndarray) -> int:
-        """The axis that Meta's model parallelism split: the inputs of wo and w2, the outputs of the
-        others."""
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A joined tensor's shape, from those of its parts."""
+        part, axis = self._shards[0].shape(self._theirs[name]), self._axis(name)
+        return tuple(size * len(self._shards) if i == axis else size for i, size in enumerate(part))
+
+    def _axis(self, name: str) -> int | None:
+        """The axis that Meta's model parallelism split: the inputs of wo and w2, the outputs of the others; None
+        for what every shard holds whole, and for names that Meta does not give."""
+        if name == self._theirs[name] or name.endswith("norm.weight"):
+            return None
         if name.endswith("embed_tokens.weight"):  # by vocabulary in Llama 3, by width before
-            return 0 if part.shape[1] == self._d_model else 1
+            return 0 if self._shards[0].shape(self._theirs[name])[1] == self._d_model else 1
         return 1 if name.endswith(("o_proj.weight", "down_proj.weight")) else 0
+
+    def _problem(self, name: str) -> str:
+        """What of a tensor's parts keeps them from being joined, "" for nothing and for names that Meta does not
+        give, which are extra."""
+        theirs, norm, H = self._theirs[name], name.endswith("norm.weight"), self._head_dim
+        if name == theirs:
+            return ""
+        shapes = [shard.shape(theirs) for shard in self._shards]
+        if any(len(shape) != (1 if norm else 2) for shape in shapes):
+            return f"a wrong number of axes: {shapes}"
+        if len(set(shapes)) > 1:
+            return f"other shapes in other shards: {shapes}"
+        if norm and len({_digest(shard[theirs]) for shard in self._shards}) > 1:
+            return "other values in other shards, which should each hold it whole"
+        if name.endswith(_ROTATED) and self.shape(name)[0] % H:
+            return f"{self.shape(name)[0]} rows, no multiple of dim / n_heads = {H}"
+        return ""
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._theirs)
@@ -520,7 +565,7 @@ def write_pickle(path: str | Path, tensors: dict[str, np.ndarray]) -> None:
 def whole_file(path: str | Path) -> Iterator[BinaryIO]:
     """A file to write, which appears under its name when it is whole; an error leaves what was there before.
 
-    Raises: OSError where it cannot be written.
+    Raises: OSError where it cannot be written; what is no file (a folder, a device) is left as it is.
 
     >>> import tempfile
     >>> path = Path(tempfile.mkdtemp()) / "x"
@@ -528,15 +573,32 @@ def whole_file(path: str | Path) -> Iterator[BinaryIO]:
     >>> path.read_bytes()
     b'whole'
     """
-    path = Path(path)
+    path = Path(path).resolve()  # a link stays one
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path} cannot be written: there is no folder {path.parent}")
+    if path.exists() and not (path.is_file() and os.access(path, os.W_OK)):
+        raise PermissionError(f"{path} cannot be written: it is {'read-only' if path.is_file() else 'no plain file'}")
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with partial.open("xb") as file:
             yield file
         partial.replace(path)
     except RuntimeError as error:  # what torch makes of an OSError
-        raise OSError(f"{path} cannot be written: {_first_line(error)}") from error
+        raise OSError(f"{path} cannot be written: {first_line(error)}") from error
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise the OSError that `whole_file` would, before what takes minutes; what is there stays as it is.
+
+    >>> check_writable("/")
+    Traceback (most recent call last):
+    PermissionError: / cannot be written: it is no plain file
+    """
+
+    class Unused(Exception):
+        pass
+
+    with contextlib.suppress(Unused), whole_file(path):
+        raise Unused

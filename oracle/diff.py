@@ -232,7 +232,7 @@ def _projection_causes(case: Case, stage: str, _theta: float) -> Iterator[Cause]
     yield Cause(
         "head and dimension axes swapped",
         "Reshape the projection to (heads, head_dim), not (head_dim, heads).",
-        value.reshape(B, T, H, N).swapaxes(2, 3) if N != H else value.swapaxes(2, 3),
+        value.reshape(B, T, H, N).swapaxes(2, 3),
     )
 
 
@@ -378,7 +378,7 @@ def _rotate(x, positions, inv_freq, factor: float, interleaved: bool) -> np.ndar
 
 
 def _logits(q, k, mask, scale: float) -> np.ndarray:
-    return np.where(mask, np.einsum("btnh,bsnh->bnts", q, k) * scale, -np.inf)
+    return np.where(mask, q.swapaxes(1, 2) @ k.transpose(0, 2, 3, 1) * scale, -np.inf)
 
 
 def _attend(q, k, v, mask, scale: float) -> tuple[np.ndarray, np.ndarray]:
@@ -390,7 +390,7 @@ def _attend(q, k, v, mask, scale: float) -> tuple[np.ndarray, np.ndarray]:
     total = terms_BNTS.sum(-1, keepdims=True)
     with np.errstate(divide="ignore"):
         lse = (top + np.log(total))[..., 0].swapaxes(1, 2)
-    return np.einsum("bnts,bsnh->btnh", terms_BNTS / np.where(total == 0, 1, total), v), lse
+    return (terms_BNTS / np.where(total == 0, 1, total) @ v.swapaxes(1, 2)).swapaxes(1, 2), lse
 
 
 def _not_rescaled(q, k, v, mask, scale: float, block: int, partial_first: bool) -> np.ndarray:
@@ -411,7 +411,7 @@ def _not_rescaled(q, k, v, mask, scale: float, block: int, partial_first: bool) 
             finite = np.where(np.isinf(new), 0, new)
             p = np.exp(logits_BNTS[:, :, rows, tile] - finite[..., None])
             l = l * np.exp(m - finite) + p.sum(-1)
-            o = o + np.einsum("bnts,bsnh->bnth", p, v[:, tile])
+            o = o + p @ v[:, tile].swapaxes(1, 2)
             m = new
         out[:, rows] = (o / l[..., None]).swapaxes(1, 2)
     return out

@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxattn import api, llama, masks, online_softmax, rope
 from jaxattn.impl import base
-from oracle import parity
+from oracle import diff, parity
 from oracle.attention import judge
 from oracle.llama import STAGES, Case
 
@@ -48,7 +48,7 @@ class Caught:
     raised as it must.
 
     subject: the name of the layer it was planted in. stage: the first stage that fails, "load" where it raised,
-    None where none does.
+    None where none does. named: what `oracle.diff` calls the mistake, None where it has no name for it.
     """
 
     fault: Fault
@@ -56,9 +56,16 @@ class Caught:
     implementation: str
     margin: float
     stage: str | None
+    named: str | None = None
 
     def __bool__(self) -> bool:
-        return self.margin >= LEAST_MARGIN
+        return not self._reason
+
+    @property
+    def _reason(self) -> str:
+        if not self.margin >= LEAST_MARGIN:
+            return f"the margin must be at least {LEAST_MARGIN:g}"
+        return "" if self.raised or self.named == self.fault.name else "diff must give it the fault's name"
 
     @property
     def raised(self) -> bool:
@@ -66,19 +73,18 @@ class Caught:
 
     def __str__(self) -> str:
         margin = "raised" if self.raised else f"{self.margin:.3g}"
-        verdict = "caught" if self else f"NOT CAUGHT: the margin must be at least {LEAST_MARGIN:g}"
         return (
-            f"{self.fault.name:<34} {self.subject:<22} {self.implementation:<14} {margin:>9} "
-            f"{self.stage or '-':<14} {verdict}"
+            f"{self.fault.name:<34} {self.subject:<22} {self.implementation:<14} {margin:>9} {self.stage or '-':<14} "
+            f"{self.named or '-':<31} {'caught' if self else f'NOT CAUGHT: {self._reason}'}"
         )
 
 
-_COLUMNS = ("planted fault", "subject", "implementation", "margin", "first stage")
-HEADER = "{:<34} {:<22} {:<14} {:>9} {:<14} verdict".format(*_COLUMNS)
+_COLUMNS = ("planted fault", "subject", "implementation", "margin", "first stage", "diff says")
+HEADER = "{:<34} {:<22} {:<14} {:>9} {:<14} {:<31} verdict".format(*_COLUMNS)
 
 
 def catch(fault: Fault, subject: parity.Subject, case: Case, implementation: Any) -> Caught:
-    """Run parity with the fault planted and say by how much it was caught.
+    """Run parity with the fault planted and say by how much it was caught, and how `diff` names it.
 
     Args: fault. subject, case: float32; a subject to which the fault applies. implementation: an object or
     name.
@@ -93,15 +99,18 @@ def catch(fault: Fault, subject: parity.Subject, case: Case, implementation: Any
         except ValueError as error:
             if not fault.raises or fault.raises not in str(error):
                 raise
-            return Caught(fault, subject.name, label, math.inf, "load")
+            ours = None
     if _patchable() != before:
         raise RuntimeError(f"the fault {fault.name!r} was not taken out again")
+    if ours is None:
+        return Caught(fault, subject.name, label, math.inf, "load")
     if fault.raises:
         return Caught(fault, subject.name, label, 0.0, None)
     verdicts = {stage: judge(stage, ours[stage], case.targets[stage]) for stage in STAGES}
     margin = max(_margin(verdict.rmse, verdict.bound) for verdict in verdicts.values())
     first = next((stage for stage, verdict in verdicts.items() if not verdict), None)
-    return Caught(fault, subject.name, label, margin, first)
+    named = diff.diagnose(case, ours, theta=subject.config.rope.theta).cause
+    return Caught(fault, subject.name, label, margin, first, named)
 
 
 @contextlib.contextmanager
@@ -234,6 +243,11 @@ def _shares_kv_heads(subject: parity.Subject) -> bool:
     return subject.config.n_kv_heads < subject.config.n_heads
 
 
+def _several_tokens(subject: parity.Subject) -> bool:
+    """The first token sees itself alone, and from position 0 it is not rotated."""
+    return subject.x.shape[1] > 1
+
+
 FAULTS = (
     Fault(
         "KV heads tiled, not repeated",
@@ -250,19 +264,23 @@ FAULTS = (
     Fault(
         "no RoPE scaling",
         no_llama3_scaling,
-        applies=lambda subject: isinstance(subject.config.rope.scaling, rope.Llama3),
+        applies=lambda subject: isinstance(subject.config.rope.scaling, rope.Llama3) and _several_tokens(subject),
     ),
-    Fault("RoPE layout swapped", swapped_rope_layout, applies=lambda subject: subject.config.rope.rotary_dim > 2),
+    Fault(
+        "RoPE layout swapped",
+        swapped_rope_layout,
+        applies=lambda subject: subject.config.rope.rotary_dim > 2 and _several_tokens(subject),
+    ),
     Fault(
         "whole head rotated, not a part",
         whole_head_rotated,
-        applies=lambda subject: subject.config.rope.rotary_dim < subject.config.head_dim,
+        applies=lambda subject: subject.config.rope.rotary_dim < subject.config.head_dim and _several_tokens(subject),
     ),
     Fault(
         "mask off by one",
         mask_off_by_one,
         implementations=("naive", "blockwise"),
-        applies=lambda subject: subject.x.shape[1] > 1,
+        applies=_several_tokens,
     ),
     Fault("wrong scale", wrong_scale),
     Fault("full-MHA shapes", full_mha_shapes, applies=_shares_kv_heads, raises="misshaped: k_proj.weight"),

@@ -142,6 +142,23 @@ def test_nan_weights_are_refused_by_name():
         llama.load(TINY, tensors)
 
 
+def test_weights_must_be_finite_in_their_own_dtype_and_in_that_of_the_parameters():
+    tensors = tensors_of(TINY, np.float64)
+    tensors["model.norm.weight"][3] = 1e300
+    llama.check_checkpoint(TINY, tensors)
+    words = r"norm\.weight has 1 weights of 8 that are NaN or infinite in float32, though finite in float64"
+    with pytest.raises(ValueError, match=words):
+        llama.load(TINY, tensors, param_dtype=np.float32)
+    tensors, prefix = tensors_of(TINY), "model.layers.0.self_attn."
+    tensors[prefix + "k_proj.weight"][2, 3] = -1e5
+    words = r"0\.self_attn\.k_proj\.weight has 1 weights of 96 .* in float16, though finite in float32"
+    with pytest.raises(ValueError, match=words):
+        llama.load(TINY, tensors, param_dtype="float16")
+    with pytest.raises(ValueError, match=words):
+        llama.load_attention(TINY, tensors, prefix=prefix, param_dtype="float16")
+    assert llama.load_attention(TINY, tensors, prefix=prefix, param_dtype=ml_dtypes.bfloat16).wk.dtype == "bfloat16"
+
+
 def test_more_layers_than_tensors_are_refused_before_their_names_are_made():
     with pytest.raises(ValueError, match="1000000000000 layers, the checkpoint only 20 tensors"):
         llama.check_checkpoint(dataclasses.replace(TINY, n_layers=10**12), tensors_of(TINY))
@@ -227,6 +244,21 @@ def test_a_broken_file_gives_one_error_that_names_it(tmp_path, name):
         Safetensors(tmp_path)
 
 
+def test_the_names_of_a_header_are_compared_a_few_times_each():
+    class Name(str):
+        compared = 0
+        __hash__ = str.__hash__
+
+        def __eq__(self, other):
+            Name.compared += 1
+            return str.__eq__(self, other)
+
+    pairs = [(Name(i), None) for i in [*range(300), 7]]
+    with pytest.raises(ValueError, match=r"twice: \['7'\]"):
+        llama._each_once(pairs)
+    assert Name.compared < 10 * len(pairs)
+
+
 def test_an_index_can_lead_neither_out_of_the_folder_nor_into_nothing(tmp_path):
     tensors = tensors_of(TINY)
     index = write_sharded(tmp_path, tensors)
@@ -243,6 +275,12 @@ def test_an_index_can_lead_neither_out_of_the_folder_nor_into_nothing(tmp_path):
         Safetensors(tmp_path)
     path.write_text(json.dumps({"weight_map": index["weight_map"] | {"more": "model-1.safetensors"}}))
     with pytest.raises(ValueError, match=r"disagree about where these tensors are: \['more'\]"):
+        Safetensors(tmp_path)
+    path.write_text(json.dumps(index))
+    held = {name: tensors[name] for name, file in index["weight_map"].items() if file == "model-1.safetensors"}
+    twice = next(name for name, file in index["weight_map"].items() if file == "model-2.safetensors")
+    save_file(held | {twice: tensors[twice]}, tmp_path / "model-1.safetensors")
+    with pytest.raises(ValueError, match=rf"disagree about where these tensors are: \['{twice}'\]"):
         Safetensors(tmp_path)
     for text in ("[]", "{", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'):
         path.write_text(text)

@@ -99,8 +99,49 @@ def test_an_index_of_pickles_leads_neither_out_of_the_folder_nor_to_what_is_miss
         index.write_text(json.dumps({"weight_map": {"model.norm.weight": file}}))
         with pytest.raises(error, match=words):
             parity.checkpoint_tensors(tmp_path)
-    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "pytorch_model-1.bin"}}))
-    assert len(parity.checkpoint_tensors(tmp_path)) == 20
+    names = set(checkpoint.read_pickle(tmp_path / "pytorch_model-1.bin"))
+    for said in (names - {"model.norm.weight"}, names | {"model.more.weight"}):
+        index.write_text(json.dumps({"weight_map": dict.fromkeys(said, "pytorch_model-1.bin")}))
+        with pytest.raises(ValueError, match=r"disagree about where .*\['model\.(norm|more)\.weight'\]"):
+            parity.checkpoint_tensors(tmp_path)
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(names, "pytorch_model-1.bin")}))
+    assert set(parity.checkpoint_tensors(tmp_path)) == names
+    index.unlink()
+    with pytest.raises(FileNotFoundError, match="holds no weights: none of"):
+        parity.checkpoint_tensors(tmp_path)
+
+
+def test_beside_an_index_of_others_the_single_pickle_is_read_as_transformers_does(tmp_path):
+    single, name = (
+        checkpoint.make(tmp_path, shapes=checkpoint.TINY, form="bin") / "pytorch_model.bin",
+        "model.norm.weight",
+    )
+    tensors = dict(checkpoint.read_pickle(single))
+    checkpoint.write_pickle(tmp_path / "pytorch_model-1.bin", {**tensors, name: -tensors[name]})
+    index = {"weight_map": dict.fromkeys(tensors, "pytorch_model-1.bin")}
+    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    theirs = to_numpy(checkpoint.load_model(tmp_path, "auto").model.norm.weight)
+    np.testing.assert_array_equal(parity.checkpoint_tensors(tmp_path)[name], theirs)
+
+
+def test_a_tensor_larger_than_its_file_is_refused_before_it_is_made(tmp_path):
+    torch.save({"a": torch.ones(2), "b": torch.zeros(1).expand(2**50)}, tmp_path / "x.pt")
+    with pytest.raises(
+        ValueError, match=r"x\.pt cannot be read .*: b: .*needs 4503599627370496 bytes, and the file holds 4"
+    ):
+        checkpoint.read_pickle(tmp_path / "x.pt")
+
+
+def test_tensors_in_another_order_are_copied_one_at_a_time_when_asked_for(tmp_path, monkeypatch):
+    square = torch.arange(12.0).reshape(3, 4)
+    torch.save({"a": square.T, "b": square.T + 1}, tmp_path / "x.pt")
+    copied = []
+    monkeypatch.setattr(checkpoint, "to_numpy", lambda tensor: copied.append(tensor.numel()) or to_numpy(tensor))
+    tensors = checkpoint.read_pickle(tmp_path / "x.pt")
+    assert {name: tensors.shape(name) for name in tensors} == {"a": (4, 3), "b": (4, 3)}
+    assert sum(copied) == 0
+    np.testing.assert_array_equal(tensors["b"], square.numpy().T + 1)
+    assert sum(copied) == 12
 
 
 DAMAGE = {

@@ -104,6 +104,7 @@ def test_meta_s_form_gives_hugging_face_s_tensors(tmp_path, shards, vocabulary_p
     assert set(read) == set(expected)
     for name, array in expected.items():
         assert read[name].tobytes() == array.tobytes(), name
+        assert read.shape(name) == array.shape, name
     theirs, ours = llama.LlamaConfig.from_hf(read.config), llama.LlamaConfig.from_folder(source)
     assert theirs == ours
     parity.convert(meta, tmp_path / "out")
@@ -289,9 +290,29 @@ def test_what_is_there_already_is_not_overwritten(tmp_path, capsys):
         (lambda folder: (folder / "consolidated.00.pth").unlink(), "without gaps"),
         (lambda folder: (folder / "params.json").write_text('{"dim": 32}'), "does not give dim, n_heads and n_layers"),
         (lambda folder: change_params(folder, n_heads=0), "must give positive numbers, .* n_heads=0"),
-        (lambda folder: change_params(folder, n_heads=5), "dim a multiple of n_heads; it gives dim=32, n_heads=5"),
+        (lambda folder: change_params(folder, n_heads=5), "dim a multiple of 2 n_heads, .* dim=32, n_heads=5"),
         (lambda folder: change_params(folder, dim="32", norm_eps=[1]), r"dim='32', norm_eps=\[1\]"),
-        (lambda folder: change_tensor(folder, "layers.0.attention.wq.weight"), "wrong number of axes: layers.0.att"),
+        (
+            lambda folder: change_tensor(folder, "layers.0.attention.wq.weight"),
+            r"layers\.0\.attention\.wq\.weight has a wrong number of axes: \[\(512,\)",
+        ),
+        (lambda folder: change_params(folder, use_scaled_rope="false"), "must .* true or false; .*rope='false'"),
+        (
+            lambda folder: change_tensor(folder, "layers.0.attention.wk.weight", lambda x: x[:-1]),
+            r"attention\.wk\.weight has 14 rows, no multiple of dim / n_heads = 8",
+        ),
+        (
+            lambda folder: change_tensor(folder, "layers.0.attention.wo.weight", lambda x: x[:-1], "*01.pth"),
+            r"attention\.wo\.weight has other shapes in other shards: \[\(32, 16\), \(31, 16\)\]",
+        ),
+        (
+            lambda folder: change_tensor(folder, "norm.weight", lambda x: -x, "*01.pth"),
+            r"are not Meta's: norm\.weight has other values in other shards",
+        ),
+        (
+            lambda folder: change_tensor(folder, "layers.1.attention.wv.weight", lambda x: x.astype("f4"), "*01.pth"),
+            r"hold layers\.1\.attention\.wv\.weight in several dtypes: bfloat16, float32",
+        ),
         (lambda folder: (folder / "consolidated.01.pth").write_bytes(b"x"), "cannot be read"),
         (lambda folder: checkpoint.write_pickle(folder / "consolidated.01.pth", {"a": np.ones(1)}), "different names"),
     ],
@@ -309,10 +330,10 @@ def change_params(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def change_tensor(folder, name):
-    for path in folder.glob("*.pth"):
+def change_tensor(folder, name, change=np.ravel, shards="*.pth"):
+    for path in folder.glob(shards):
         tensors = checkpoint.read_pickle(path)
-        checkpoint.write_pickle(path, tensors | {name: tensors[name].reshape(-1)})
+        checkpoint.write_pickle(path, {**tensors, name: change(tensors[name])})
 
 
 @pytest.fixture(scope="module")

@@ -9,12 +9,11 @@ import pytest
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 from oracle import __main__ as command
-from oracle import checkpoint, diff, faults, parity
+from oracle import checkpoint, diff, parity
 from oracle import llama as reference
-from oracle.faults import FAULTS
 
 TOKENS = 130  # three key blocks
-THETA = {"tiny": 500000.0, "stablelm (partial)": 10000.0}
+THETA = 500000.0
 
 
 @pytest.fixture(scope="module")
@@ -38,20 +37,9 @@ def right(case):
     return {name: target.value for name, target in case.targets.items()}
 
 
-@pytest.mark.parametrize("fault", [f for f in FAULTS if not f.raises], ids=lambda fault: fault.name)
-def test_every_planted_fault_is_named(subject, case, fault):
-    if not fault.applies(subject):
-        subject = parity.partial_subject()
-        case = subject.case("float32")
-    with faults.planted(fault):
-        ours = parity.our_stages(subject, case, parity.implementation(fault.implementations[-1]))
-    found = diff.diagnose(case, ours, theta=THETA[subject.name])
-    assert found.cause == fault.name, str(found)
-
-
 def test_a_layer_without_fault_agrees(subject, case):
     ours = parity.our_stages(subject, case, "naive")
-    assert str(diff.diagnose(case, ours, theta=THETA["tiny"])) == "every stage agrees"
+    assert str(diff.diagnose(case, ours, theta=THETA)) == "every stage agrees"
 
 
 def rotated(case, name, **changes):
@@ -109,13 +97,13 @@ def usual_mistakes(case, right):
 )
 def test_usual_mistakes_of_other_code_are_named(case, right, name):
     changed, stage = usual_mistakes(case, right)[name]
-    found = diff.diagnose(case, right | changed, theta=THETA["tiny"])
+    found = diff.diagnose(case, right | changed, theta=THETA)
     assert (found.stage, found.cause) == (stage, name), str(found)
 
 
 def test_a_mistake_that_is_not_usual_gets_no_name(case, right):
     noise = np.random.default_rng(0).normal(size=right["key"].shape)
-    found = diff.diagnose(case, right | {"rotated_key": right["rotated_key"] + noise}, theta=THETA["tiny"])
+    found = diff.diagnose(case, right | {"rotated_key": right["rotated_key"] + noise}, theta=THETA)
     assert (found.stage, found.cause) == ("rotated_key", None)
     assert "none of the usual mistakes" in str(found)
 
@@ -123,12 +111,10 @@ def test_a_mistake_that_is_not_usual_gets_no_name(case, right):
 def test_the_position_where_it_begins_is_named(case, right):
     changed = right["rotated_key"].copy()
     changed[:, 20:] += 1
-    assert "from position 23 on" in str(diff.diagnose(case, right | {"rotated_key": changed}, theta=THETA["tiny"]))
+    assert "from position 23 on" in str(diff.diagnose(case, right | {"rotated_key": changed}, theta=THETA))
     changed = right["context"].copy()
     changed[:, [4, 9]] += 1
-    assert "at 2 positions, the first is 7" in str(
-        diff.diagnose(case, right | {"context": changed}, theta=THETA["tiny"])
-    )
+    assert "at 2 positions, the first is 7" in str(diff.diagnose(case, right | {"context": changed}, theta=THETA))
 
 
 def test_rotated_keys_begin_to_differ_at_position_1_when_the_layout_is_wrong(subject, case, right):
@@ -141,7 +127,7 @@ def test_rotated_keys_begin_to_differ_at_position_1_when_the_layout_is_wrong(sub
     case = dataclasses.replace(case, targets=case.targets | targets)
     key = right["key"]
     wrong = diff._rotate(key, case.positions, case.inv_freq, case.attention_scaling, True)
-    text = str(diff.diagnose(case, {"key": key, "rotated_key": wrong}, theta=THETA["tiny"]))
+    text = str(diff.diagnose(case, {"key": key, "rotated_key": wrong}, theta=THETA))
     assert "rotated_key differs from position 1 on" in text
     assert "it agrees with: RoPE layout swapped" in text
     assert "permute the q and k rows" in text
@@ -205,7 +191,7 @@ def layouts(right):
 @pytest.mark.parametrize("name", ["BNTH", "TNH", "NTH", "BNT", "BTD", "repeated", "repeated, BNTH", "tiled"])
 def test_right_numbers_in_another_layout_are_named_with_the_right_one(case, right, name):
     changed, cause, words = layouts(right)[name]
-    found = diff.diagnose(case, right | changed, theta=THETA["tiny"])
+    found = diff.diagnose(case, right | changed, theta=THETA)
     assert (found.stage, found.where, found.cause) == (*changed, "in shape", cause), str(found)
     assert words in str(found)
 
@@ -216,7 +202,7 @@ def test_other_layouts_are_named_where_their_shape_is_the_right_one_too(case, ri
     case = dataclasses.replace(
         case, x=case.x[:, :4], positions=case.positions[:, :4], mask=case.mask[..., :4, :4], targets=short
     )
-    found = diff.diagnose(case, {"rotated_query": short["rotated_query"].value.swapaxes(1, 2)}, theta=THETA["tiny"])
+    found = diff.diagnose(case, {"rotated_query": short["rotated_query"].value.swapaxes(1, 2)}, theta=THETA)
     assert found.cause == "axes in another order"
     assert "It is [B, N, T, H]" in found.advice
 
@@ -242,15 +228,15 @@ def test_what_is_missing_of_yarn_is_named(case, changes, name):
 @pytest.mark.parametrize("shape", [(1, 50, 2, 16), (1, 0, 2, 16), (1, 130, 2, 3), ()])
 def test_a_shape_of_no_layout_gets_the_right_one_and_no_name(case, shape):
     """Zeros, which every dtype can hold and every spread is less than."""
-    found = diff.diagnose(case, {"key": np.zeros(shape)}, theta=THETA["tiny"])
+    found = diff.diagnose(case, {"key": np.zeros(shape)}, theta=THETA)
     assert str(found).startswith(f"key differs in shape (shape {shape}, should be (1, 130, 2, 16)); none of the usual")
 
 
 def test_nan_is_named_with_its_positions_and_infinities_get_no_name(case, right):
     changed = right["value"].copy()
     changed[0, 7, 1, 3] = np.nan
-    assert diff.diagnose(case, {"key": np.full_like(right["key"], np.inf)}, theta=THETA["tiny"]).cause is None
-    text = str(diff.diagnose(case, right | {"value": changed}, theta=THETA["tiny"]))
+    assert diff.diagnose(case, {"key": np.full_like(right["key"], np.inf)}, theta=THETA).cause is None
+    text = str(diff.diagnose(case, right | {"value": changed}, theta=THETA))
     assert (
         text
         == "value differs at 1 positions, the first is 10 (NaN in the result); none of the usual mistakes explains it"
@@ -262,7 +248,7 @@ def test_stages_computed_in_fewer_digits_are_named(subject, case, dtype):
     """By the real layer in that dtype, beside which the float32 rule is broken everywhere."""
     low = subject.case(dtype)
     ours = {name: np.asarray(value, np.float32) for name, value in parity.our_stages(subject, low, "naive").items()}
-    found = diff.diagnose(case, ours, theta=THETA["tiny"])
+    found = diff.diagnose(case, ours, theta=THETA)
     assert (found.stage, found.cause) == ("query", f"computed in {dtype}"), str(found)
 
 
@@ -274,7 +260,7 @@ def test_products_that_drop_digits_are_named(case, bits, name, rounded):
         return ((np.rint if rounded else np.trunc)(x / scale) * scale).astype(np.float32)
 
     value = (cut(case.x) @ cut(case.weights["v_proj.weight"]).T).reshape(1, TOKENS, 2, 16)
-    found = diff.diagnose(case, {"value": value}, theta=THETA["tiny"])
+    found = diff.diagnose(case, {"value": value}, theta=THETA)
     assert (found.stage, found.cause) == ("value", name), str(found)
 
 
@@ -289,7 +275,7 @@ def test_a_projection_without_its_bias_or_transposed_is_named(tmp_path):
         "projection transposed": x @ weights["k_proj.weight"] + bias,
     }
     for name, key in mistakes.items():
-        found = diff.diagnose(case, {"key": key.reshape(1, 9, 2, 16)}, theta=THETA["tiny"])
+        found = diff.diagnose(case, {"key": key.reshape(1, 9, 2, 16)}, theta=THETA)
         assert (found.stage, found.cause) == ("key", name), str(found)
 
 

@@ -1,7 +1,10 @@
 """The whole model: logits and greedy tokens equal to Hugging Face's, and a comparison that fails when they
 are not."""
 
+import io
+import json
 import re
+import sys
 
 import numpy as np
 import pytest
@@ -102,3 +105,20 @@ def test_generate_prints_both_and_fails_where_they_differ(folder, capsys, monkey
     assert "3 of 5 tokens equal before the first that differs" in capsys.readouterr().out
     assert command.main([*arguments, "--prompt", "hello"]) == 2
     assert "needs a tokenizer" in capsys.readouterr().err
+
+
+def test_code_that_a_tokenizer_names_is_not_run_and_a_broken_one_is_not_called_absent(tmp_path, monkeypatch, capsys):
+    source, witness = checkpoint.make(tmp_path / "in", shapes=checkpoint.TINIEST), tmp_path / "run"
+    arguments = ["generate", "--checkpoint", str(source), "--prompt", "hello", "--new-tokens", "1"]
+    (source / "theirs.py").write_text(f"open({str(witness)!r}, 'w')")
+    about = {"tokenizer_class": "Theirs", "auto_map": {"AutoTokenizer": ["theirs.Theirs", None]}}
+    (source / "tokenizer_config.json").write_text(json.dumps(about))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
+    capsys.readouterr()
+    assert command.main(arguments) == 2
+    assert not witness.exists()
+    assert re.search("^error: --prompt needs a tokenizer, .*ValueError: .*custom code", capsys.readouterr().err, re.M)
+    (source / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    (source / "tokenizer.json").write_text("{")
+    assert command.main(arguments) == 2
+    assert re.search(r"^error: --prompt needs a tokenizer, .* leave --prompt out: \w+: ", capsys.readouterr().err, re.M)
