@@ -126,14 +126,15 @@ def draw(data: dict, path: Path) -> Path:
     shapes = list(dict.fromkeys(_shape(pair.row) for found in panels.values() for pair in found))
     shown = set()
     for ax, (title, found) in zip(axes[0], panels.items(), strict=False):
-        lines: dict[tuple, list[Pairs]] = {}
-        for pair in found:
-            lines.setdefault((_shape(pair.row), pair.row["mask"]), []).append(pair)
-        for (shape, mask), line in lines.items():
-            line.sort(key=lambda pair: pair.row["keys"])
+        lines: dict[tuple, dict[int, Pairs]] = {}
+        for pair in found:  # what was measured in two parts is drawn once
+            lines.setdefault((_shape(pair.row), pair.row["mask"]), {}).setdefault(pair.row["keys"], pair)
+        for index, ((shape, mask), by_keys) in enumerate(lines.items()):
+            line = [by_keys[keys] for keys in sorted(by_keys)]
+            beside = 2 ** (0.05 * (index - (len(lines) - 1) / 2))  # so that bars do not hide each other
             label = f"{shape}, {mask}"
             ax.errorbar(
-                [pair.row["keys"] for pair in line],
+                [pair.row["keys"] * beside for pair in line],
                 [pair.ratio for pair in line],
                 yerr=[
                     [pair.ratio - min(pair.ratios) for pair in line],
@@ -150,11 +151,16 @@ def draw(data: dict, path: Path) -> Path:
         ax.set_xscale("log", base=2)
         ax.set_xticks(lengths, [f"{length}" for length in lengths], fontsize=8)
         ax.minorticks_off()
+        ax.margins(x=0.12)
         ax.axhline(1, color="#808080", linewidth=1, linestyle=(0, (6, 3)))
-        ax.set_ylim(bottom=0)
         ax.set_title(title, fontsize=9)
         ax.set_xlabel("keys" if "decoding" in title else "sequence length")
         ax.grid(True, which="major", color="#dddddd", linewidth=0.6)
+    ticks = [0.25, 0.35, 0.5, 0.7, 1, 1.4, 2, 2.8, 4]
+    axes[0][0].set_yscale("log", base=2)
+    low, high = axes[0][0].get_ylim()
+    axes[0][0].set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes[0][0].set_ylim(low, high)
     axes[0][0].set_ylabel("torch's time / ours (above 1: ours is faster)")
     figure.suptitle(f"blockwise beside torch's flash attention\n{plot.where(data)}", fontsize=10)
     return plot.save(figure, path)

@@ -79,9 +79,11 @@ def test_the_window_is_compared_with_the_causal_mask_and_with_itself(example):
 
 
 def test_the_picture_draws_each_ratio_in_the_panel_of_its_kind(example, tmp_path, monkeypatch):
-    drawn = {}
+    drawn, low, high = {}, None, None
 
     def keep(figure, path):
+        nonlocal low, high
+        low, high = figure.axes[0].get_ylim()
         for ax in figure.axes:
             drawn[ax.get_title()] = [
                 (float(x), float(y)) for line in ax.containers for x, y in zip(*line[0].get_data(), strict=True)
@@ -94,6 +96,8 @@ def test_the_picture_draws_each_ratio_in_the_panel_of_its_kind(example, tmp_path
     forward, decoding = drawn.values()
     assert np.allclose(sorted(forward), [(4096, 1.5), (16384, 0.5)])
     assert np.allclose(decoding, [(1024, 0.5)])
+    assert low < 0.5
+    assert high > 1.5
 
 
 def test_the_readme_block_of_pairs_is_made_from_their_results(example, tmp_path):

@@ -340,8 +340,8 @@ def test_a_query_that_attends_nothing_passes_no_nan_on():
 
 def test_runs_inside_a_users_shard_map_with_gradients():
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-    arrays = operands(B=2, T=20, S=20)
-    spec = P("data", None, "model")
+    arrays = (*operands(B=2, T=20, S=20), random((20, 20), 3))  # one bias, whole on every device
+    specs = (*[P("data", None, "model")] * 3, P())
 
     def attend(*arrays):
         return dot_product_attention(*arrays, is_causal=True, implementation=Blockwise(8, 8))
@@ -350,7 +350,7 @@ def test_runs_inside_a_users_shard_map_with_gradients():
         out, pullback = jax.vjp(f, *arrays)
         return out, pullback(out)
 
-    sharded = jax.shard_map(attend, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)
+    sharded = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=specs[0])
     assert_close(jax.jit(lambda: run(sharded))(), jax.jit(lambda: run(attend))(), "gradient")
 
 

@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxattn import online_softmax, tiles
 from jaxattn.impl.base import Implementation, Problem, accumulator_dtype, dot_precision, soft_cap
-from jaxattn.impl.partition import independent
+from jaxattn.impl.partition import independent, varying_alike
 from jaxattn.masks import FULL, PARTIAL, And, Causal, Mask
 
 
@@ -63,7 +63,7 @@ class Blockwise(Implementation):
             precision=self.precision,
             unread_keys=not tiles.reads_every_key(problem.mask, T, S),
         )
-        return _attention(config, problem.query, problem.key, problem.value, problem.bias, problem.mask)
+        return _attention(config, *varying_alike(problem.query, problem.key, problem.value, problem.bias, problem.mask))
 
 
 ROWS = (2048, 1024, 512, 256, 128)  # query rows of a tile, over the G heads of its group; the first of equals is taken
@@ -182,7 +182,7 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 
 def _forward(config, query, key, value, bias, mask, visits):
     """out [B, T, N, Hv] and lse [B, T, N]: algorithm 1, its loops exchanged as in FlashAttention-2."""
-    group = _Groups(config, query, key, value, bias, mask)
+    group = _Groups(config, query, key, bias, mask)
 
     def one_group(n, results):
         b, k = jnp.unravel_index(n, (group.B, group.K))
@@ -219,7 +219,7 @@ def _backward(config, query, key, value, bias, mask, visits, out, lse, d_out, d_
     p = exp(logits - lse), dv = p^T dout, dp = dout v^T, delta = sum(dout * out), ds = p (dp - delta + dlse),
     dbias = ds, then through the soft cap, dq = scale ds k, dk = scale ds^T q.
     """
-    group = _Groups(config, query, key, value, bias, mask)
+    group = _Groups(config, query, key, bias, mask)
     dtype = group.dtype
     d_lse = jnp.where(lse == -jnp.inf, 0, d_lse)  # there lse is a constant; its cotangent may well be NaN
     d_out = jnp.where((lse == -jnp.inf)[..., None], 0, d_out)  # and so is out
@@ -301,7 +301,7 @@ class _Groups:
     which are not its own. Such keys are cut, such rows are not written.
     """
 
-    def __init__(self, config: _Config, query, key, value, bias, mask):
+    def __init__(self, config: _Config, query, key, bias, mask):
         self.config, self.mask, self.bias = config, mask, bias
         self.B, self.T, self.N, _ = query.shape
         self.S, self.K = key.shape[1:3]
@@ -311,12 +311,11 @@ class _Groups:
         # Where nothing but the scale comes between the products and the exponential, it is left to the exponential.
         plain = bias is None and config.soft_cap is None and config.scale >= jnp.finfo(self.dtype).tiny
         self.unit = config.scale if plain else 1.0
-        operands = [x for x in (query, key, value, bias) if x is not None]
-        self._zero = functools.reduce(jnp.add, [lax.full_like(x, 0, self.dtype, ()) for x in operands])
+        self._full_like = functools.partial(lax.full_like, query)
 
     def full(self, shape, value, dtype):
         """`jnp.full` for the start of a loop: in a user's `shard_map` it varies over devices as the operands do."""
-        return lax.full_like(self._zero, value, dtype, shape)
+        return self._full_like(value, dtype, shape)
 
     def start_q(self, i):
         return jnp.minimum(i * self.config.block_q, self.T - self.config.block_q)

@@ -1,4 +1,4 @@
-"""Loops over batch and heads that stay on their device when arrays are sharded, and batch under vmap.
+"""Loops over batch and heads that stay on their device when arrays are sharded, and batch under vmap or in `shard_map`.
 
 XLA cannot split a loop whose trip counts the batch: it would gather the operands first. Here the partitioner is told
 that batch elements and key/value heads are independent, so each device runs the loop over its own share.
@@ -151,3 +151,16 @@ def _sharding_rule(letters_in, letters_out) -> dict:
 
     rule = f"{side(letters_in)} -> {side(letters_out)}"
     return {"sharding_rule": rule, "need_replication_factors": tuple(others)}
+
+
+def varying_alike(*arrays):
+    """In a user's `shard_map`: every array made to vary over the mesh axes over which any does.
+
+    Then so do the gradients, and those of an array that did not are added up over these axes.
+    """
+
+    def axes(x) -> frozenset:
+        return jax.typeof(x).manual_axis_type.varying
+
+    every = frozenset().union(*map(axes, jax.tree.leaves(arrays)))
+    return jax.tree.map(lambda x: jax.lax.pcast(x, tuple(sorted(every - axes(x), key=str)), to="varying"), arrays)

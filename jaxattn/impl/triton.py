@@ -30,7 +30,7 @@ from jax.sharding import ManualAxisType
 
 from jaxattn import online_softmax, tiles
 from jaxattn.impl.base import Implementation, Problem, dot_precision
-from jaxattn.impl.partition import independent
+from jaxattn.impl.partition import independent, varying_alike
 from jaxattn.masks import FULL, PARTIAL, Full, Mask
 
 _LOG2_E = math.log2(math.e)
@@ -133,7 +133,7 @@ class Triton(Implementation):
             interpret=self.interpret,
         )
         query = problem.query.astype(key.dtype)  # float32 where a traced scale was multiplied in
-        out, *lse = _attention(config, *_varying_alike(query, key, problem.value, problem.bias, problem.mask))
+        out, *lse = _attention(config, *varying_alike(query, key, problem.value, problem.bias, problem.mask))
         return out, lse[0] if lse else None
 
     def _override(self, tiling: Tiling) -> Tiling:
@@ -813,19 +813,6 @@ _kernel_call.multiple_results = True
 _kernel_call.def_impl(lambda *operands, jaxpr: core.jaxpr_as_fun(jaxpr)(*operands))
 _kernel_call.def_abstract_eval(_abstract)
 mlir.register_lowering(_kernel_call, _lower)
-
-
-def _varying_alike(*arrays):
-    """In a user's `shard_map`: every array made to vary over the mesh axes over which any does.
-
-    Then so do the gradients, and those of an array that did not are added up over these axes.
-    """
-
-    def axes(x) -> frozenset:
-        return jax.typeof(x).manual_axis_type.varying
-
-    every = frozenset().union(*map(axes, jax.tree.leaves(arrays)))
-    return jax.tree.map(lambda x: lax.pcast(x, tuple(sorted(every - axes(x), key=str)), to="varying"), arrays)
 
 
 def _with_axes(mask: Mask) -> Mask:
