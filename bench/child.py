@@ -2,8 +2,9 @@
 
 Design fact: the parent speaks JSON lines over pipes (`python -m bench.child`), so a crash or an out-of-memory
 kill ends one process and costs one row; the child keeps its process until told to end, so that the parent
-can go round the children of a length and interleave their repeats. One further child judges results: the
-only one that holds the float64 reference.
+can go round the children of a length and interleave their repeats. A child replies when it is idle again, so that
+what it leaves behind slows no other. One further child judges results: the only one that holds the float64
+reference; on a CPU another one runs the control.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import resource
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +28,8 @@ from bench.cases import Problem
 
 DEVICE_CALLS_S = 0.02  # on a GPU, calls queued for about this long give one sample of device time
 CACHE_BYTES = 1 << 28  # with --cold, inputs rotate through at least this much memory
+IDLE_S = 0.005  # a process that uses less than a fifth of this much time on all its threads is idle
+SETTLE_S = 0.5  # that is waited for a process to be idle
 
 
 def main() -> int:
@@ -42,9 +46,22 @@ def main() -> int:
         except Exception as error:
             traceback.print_exc()
             reply = {"ok": False, "status": classify(error), "reason": describe(error)}
+        settle()
         replies.write(json.dumps(reply) + "\n")
         replies.flush()
     return 0
+
+
+def settle() -> None:
+    """Wait until this process is idle, at most `SETTLE_S`: torch's threads wait for work by spinning, XLA frees large
+    arrays after a call, and either takes a core from what is timed next.
+    """
+    end = time.perf_counter() + SETTLE_S
+    while time.perf_counter() < end:
+        used_s = time.process_time()
+        time.sleep(IDLE_S)
+        if time.process_time() - used_s < IDLE_S / 5:
+            return
 
 
 class WrongForm(Exception):
@@ -79,6 +96,7 @@ class Server:
     def __init__(self):
         self.session = None
         self.targets: dict[Problem, dict] = {}
+        self.control_call: Callable[[], object] | None = None
 
     def environment(self, device: str) -> dict:
         from bench import environment
@@ -144,6 +162,16 @@ class Server:
                 device_samples.append((time.perf_counter() - start) / calls)
         return {"times_s": samples, "device_times_s": device_samples}
 
+    def control(self) -> dict:
+        """Seconds of one call of the control program; the first request also compiles it."""
+        if self.control_call is None:
+            self.control_call = control_program()
+            self.control_call()
+            gc.disable()
+        start = time.perf_counter()
+        self.control_call()
+        return {"control_s": time.perf_counter() - start}
+
     def expect(self, problem: dict) -> dict:
         """Compute what the judged rows of a problem should be; kept for every implementation of it."""
         problem = Problem(**problem)
@@ -173,6 +201,25 @@ class Server:
             "max_abs": max(verdict.max_abs for verdict in verdicts),
             "rows": len(cases.sampled_rows(problem)),
         }
+
+
+def control_program() -> Callable[[], object]:
+    """One call of what notices best how fast cores hand data to each other: products of a small inner dimension, which
+    XLA shares among its threads, each waiting for the one before.
+    """
+    import jax
+    import jax.numpy as jnp
+
+    def products(rows):
+        def step(_, carry):
+            rows, product = carry
+            return rows + product[:1, :1] * 1e-9, jnp.matmul(rows, rows.T, precision="highest")
+
+        return jax.lax.fori_loop(0, 8, step, (rows, jnp.zeros((len(rows), len(rows)))))
+
+    rows = jnp.ones((1024, 64))
+    call = jax.jit(products).lower(rows).compile()
+    return lambda: jax.block_until_ready(call(rows))
 
 
 def reference_key(problem: Problem) -> Problem:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from bench.results import compare, differences, key, load, measured
+from bench.results import compare, differences, key, least_control_s, load, machine_ratio, measured
 
 WIDTHS = (14, 28, 17, 7, 22, 11, 11, 8, 7)
 
@@ -29,6 +29,9 @@ def main(argv: list[str]) -> int:
     if unlike:
         print("The runs differ in more than their times:")
         print("\n".join(f"  {name}: {one} in A, {other} in B" for name, one, other in unlike))
+    if (machine := machine_ratio(a, b)) is not None:
+        least_ms = [f"{least_control_s(file) * 1e3:.1f} ms in {name}" for name, file in (("A", a), ("B", b))]
+        print(f"The machine differed: its control took at least {' and '.join(least_ms)}, a ratio of {machine:.2f}.")
     ratios = compare(a, b)
     if ratios:
         show("case", "mask", "dtype", "length", "implementation", "A ms", "B ms", "B/A", "noise", "verdict")

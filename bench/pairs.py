@@ -6,6 +6,7 @@ Design fact: reads results files only and imports neither jax nor torch, as `plo
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import statistics
 from pathlib import Path
@@ -18,7 +19,10 @@ WINDOW = "window("
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """One row of ours and its torch row. ratios: torch's time over ours, pair by pair; share: of the product's rate."""
+    """One row of ours, with the repeats that count, and its torch row.
+
+    ratios: torch's time over ours, pair by pair, of the pairs that count; share: of the product's rate.
+    """
 
     row: dict
     ratios: tuple[float, ...]
@@ -30,16 +34,20 @@ class Pairs:
 
 
 def pairs(data: dict) -> list[Pairs]:
-    """The rows of ours in a results file with their ratios to torch."""
+    """The rows of ours in a results file with their ratios to torch; a pair is undisturbed where both halves are."""
+    least_s = results.least_control_s(data)
     torch = {results.key(row)[:-1]: row for row in data["rows"] if row["implementation"] == TORCH}
     found = []
-    for row in data["rows"]:
+    for row, counted in zip(data["rows"], results.counting(data), strict=True):
         if row["implementation"] == OURS and results.measured(row):
             beside = torch.get(results.key(row)[:-1], {})
-            other = beside["times_s"] if results.measured(beside) else []
-            ratios = tuple(b / a for a, b in zip(row["times_s"], other, strict=False))
-            rate = row["flops"] / statistics.median(row["times_s"])
-            found.append(Pairs(row, ratios, rate / data["product_flops_per_s"]))
+            ratios: tuple[float, ...] = ()
+            if results.measured(beside):
+                every = [b / a for a, b in zip(row["times_s"], beside["times_s"], strict=False)]
+                fine = zip(results.undisturbed(row, least_s), results.undisturbed(beside, least_s), strict=False)
+                ratios = tuple(itertools.compress(every, results.chosen([a and b for a, b in fine])))
+            rate = row["flops"] / statistics.median(counted["times_s"])
+            found.append(Pairs(counted, ratios, rate / data["product_flops_per_s"]))
     return found
 
 
@@ -75,8 +83,9 @@ def table(data: dict) -> str:
 def findings(data: dict) -> list[str]:
     """What a window saves against the whole causal mask, and how its time grows with the length."""
     times: dict[tuple[str, int], float] = {}
-    (heads,) = {row["heads"] for row in data["rows"] if row["mask"].startswith(WINDOW)} or {None}
-    for row in data["rows"]:
+    rows = results.counting(data)
+    (heads,) = {row["heads"] for row in rows if row["mask"].startswith(WINDOW)} or {None}
+    for row in rows:
         alike = row["implementation"] == OURS and row["heads"] == heads and row["queries"] == row["keys"]
         if alike and (row["dtype"], row["direction"]) == ("float32", "forward") and results.measured(row):
             key = row["mask"], row["keys"]  # the causal mask is measured twice: the faster one counts

@@ -64,9 +64,9 @@ def styles(data: dict) -> dict[str, Style]:
 
 
 def groups(data: dict) -> dict[tuple, list[dict]]:
-    """Rows by (case, mask, dtype, direction), each group in the fixed order and by length."""
+    """Rows of counting repeats by (case, mask, dtype, direction), each group in the fixed order and by length."""
     found: dict[tuple, list[dict]] = {}
-    for row in data["rows"]:
+    for row in results.counting(data):
         found.setdefault((row["case"], row["mask"], row["dtype"], row["direction"]), []).append(row)
     for rows in found.values():
         rows.sort(key=lambda row: (row["keys"], ORDER.get(row["implementation"], len(ORDER))))

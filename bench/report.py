@@ -75,6 +75,8 @@ def blocks(data: dict, pictures: list[Path]) -> list:
         measured = tuple(cells(row) for row in rows if results.measured(row))
         if measured:
             parts.append(Table(COLUMNS, measured))
+        if said := disturbed(rows):
+            parts.append(Paragraph(said))
         moved = tuple(traffic_cells(row) for row in rows if row.get("traffic"))
         if moved:
             parts.append(Paragraph("Bytes moved by the JAX rows, modelled by the profiler, not measured:"))
@@ -130,6 +132,25 @@ def cells(row: dict) -> tuple[str, ...]:
         f"{error['rmse']:.2e}" if error else "unchecked",
         f"{error['bound']:.2e}" if error else "",
     )
+
+
+def disturbed(rows: list[dict]) -> str:
+    """Which rows had disturbed repeats and whether these count, in sentences; empty where none had."""
+    sentences = []
+    for left_out, text in (
+        (True, "Not in the figures, for the control beside them was slow"),
+        (False, f"In the figures though disturbed, for fewer than {results.FEWEST} repeats were not"),
+    ):
+        found = [
+            row for row in rows if row["disturbed"] and bool(row["left_out"]) == left_out and results.measured(row)
+        ]
+        each = (
+            f"{row['label']} at {row['keys']}, {row['disturbed']} of {len(row['times_s']) + row['left_out']} repeats"
+            for row in found
+        )
+        if found:
+            sentences.append(f"{text}: {'; '.join(each)}.")
+    return " ".join(sentences)
 
 
 TRAFFIC_COLUMNS = (

@@ -1,14 +1,15 @@
 """The results file: read, written, summarised, compared.
 
 Design fact: `results.json` holds every repeat and every reason; medians, spreads and rates are computed from
-it by `summary`, in one place, for tables and plots alike. Written whole to a new file that then takes the old
-one's place, so that a stopped run leaves a readable one.
+it by `counting` and `summary`, in one place, for tables and plots alike. Written whole to a new file that then takes
+the old one's place, so that a stopped run leaves a readable one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -33,6 +34,10 @@ REQUIRED = {
         *("label", "tiled", "layer", "flops", "status", "reason", "error", "times_s", "device_times_s"),
     },
 }
+# A repeat is disturbed where the control beside it took more than so many times the run's least: a few hundredths are
+# usual, and 1.7 to 2.7 were seen where the host of a virtual machine had moved a core to another socket.
+DISTURBED = 1.4
+FEWEST = 3  # undisturbed repeats that stand for a row; where there are fewer, all repeats do
 SMALLEST_NOISE = 0.05  # two runs of one program on one machine differ by this much with no reason at all
 
 
@@ -42,7 +47,8 @@ class Summary:
 
     time_ms: median end to end (call and wait). device_ms: median per call of queued calls, GPU only.
     low_ms, high_ms: the fastest and slowest repeat. noise: half the distance of the quartiles, relative to
-    the median, at least `SMALLEST_NOISE`; None with fewer than three repeats. tflops: by device time where
+    the median, at least `SMALLEST_NOISE`; None with fewer than three repeats: that of one repeat, which is more than
+    the median's where there are many, and knows nothing of what lasts for the whole run. tflops: by device time where
     there is one, else by end-to-end time.
     """
 
@@ -65,7 +71,7 @@ def measured(row: dict) -> bool:
 
 
 def summary(row: dict) -> Summary:
-    """Summarise a row of a results file.
+    """Summarise a row, as `counting` gives it: every repeat that it holds counts.
 
     >>> summary({"times_s": [0.2, 0.1, 0.3], "flops": 2e11}).tflops
     1.0
@@ -88,6 +94,44 @@ def summary(row: dict) -> Summary:
         repeats=len(times),
         tflops=row["flops"] / (device or median) / 1e12,
     )
+
+
+def least_control_s(data: dict) -> float | None:
+    """Seconds of the run's fastest control; None for a run without one."""
+    return min((s for row in data["rows"] for s in row.get("control_s") or () if s is not None), default=None)
+
+
+def undisturbed(row: dict, least_s: float | None) -> list[bool]:
+    """For each of the row's repeats whether its control allows it; what has no control is undisturbed.
+
+    >>> undisturbed({"times_s": [3.0, 5.0, 3.0], "control_s": [0.1, 0.2, None]}, 0.1)
+    [True, False, True]
+    """
+    controls = itertools.chain(row.get("control_s") or (), itertools.repeat(None))
+    return [s is None or s <= DISTURBED * least_s for s, _ in zip(controls, row["times_s"], strict=False)]
+
+
+def chosen(undisturbed: list[bool]) -> list[bool]:
+    """Which repeats, or pairs of them, count: the undisturbed ones if they are `FEWEST` or more, else all.
+
+    >>> chosen([True, False, True, True]), chosen([True, False, True])
+    ([True, False, True, True], [True, True, True])
+    """
+    return undisturbed if sum(undisturbed) >= FEWEST else [True] * len(undisturbed)
+
+
+def counting(data: dict) -> list[dict]:
+    """The rows of a results file as tables and figures show them: in `times_s` the repeats that count.
+
+    Each has two numbers more: `disturbed`, how many of its repeats were, and `left_out`, how many do not count.
+    """
+    least_s, rows = least_control_s(data), []
+    for row in data["rows"]:
+        fine = undisturbed(row, least_s)
+        times_s = list(itertools.compress(row["times_s"], chosen(fine)))
+        numbers = {"disturbed": fine.count(False), "left_out": len(fine) - len(times_s)}
+        rows.append(row | numbers | {"times_s": times_s})
+    return rows
 
 
 def key(row: dict) -> tuple:
@@ -189,16 +233,21 @@ def differences(one: dict, two: dict) -> list[tuple[str, object, object]]:
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """One measurement in two files. ratio: time in B over time in A. noise: None where it is not known."""
+    """One measurement in two files. ratio: time in B over time in A. noise: None where it is not known. machine: the
+    ratio of the runs' controls where it says that the machine differed, else None.
+    """
 
     row: dict
     a_ms: float
     b_ms: float
     ratio: float
     noise: float | None
+    machine: float | None = None
 
     @property
     def verdict(self) -> str:
+        if self.machine is not None:
+            return "the machine differed"
         if self.noise is None:
             return "too few repeats to say"
         if abs(math.log(self.ratio)) <= self.noise:
@@ -206,17 +255,27 @@ class Ratio:
         return "faster" if self.ratio < 1 else "slower"
 
 
+def machine_ratio(a: dict, b: dict) -> float | None:
+    """The least control time of B over that of A, where one is more than `DISTURBED` times the other: the whole of one
+    run was disturbed. None where they are nearer, or a run has no control.
+    """
+    least_a, least_b = least_control_s(a), least_control_s(b)
+    if least_a is None or least_b is None or max(least_a, least_b) <= DISTURBED * min(least_a, least_b):
+        return None
+    return least_b / least_a
+
+
 def compare(a: dict, b: dict) -> list[Ratio]:
-    """Ratios of the measurements that both files hold, in the order of A.
+    """Ratios of the measurements that both files hold, in the order of A, over the repeats that count.
 
     The noise of a ratio is the sum of both rows' noise.
     """
-    other = {key(row): row for row in b["rows"]}
-    ratios = []
-    for row in a["rows"]:
+    other = {key(row): row for row in counting(b)}
+    machine, ratios = machine_ratio(a, b), []
+    for row in counting(a):
         one, two = summary(row), summary(other.get(key(row), {}))
         if one.time_ms is None or two.time_ms is None:
             continue
         noise = None if one.noise is None or two.noise is None else one.noise + two.noise
-        ratios.append(Ratio(row, one.time_ms, two.time_ms, two.time_ms / one.time_ms, noise))
+        ratios.append(Ratio(row, one.time_ms, two.time_ms, two.time_ms / one.time_ms, noise, machine))
     return ratios

@@ -3,7 +3,8 @@
 Design fact: what is to be spent is decided before it is spent. A row's bytes are predicted from its shape and
 compared with the memory that is there, its time from the previous length and its FLOPs and compared with the
 time that is left; a row that cannot fit is skipped, and listed with these numbers. The children of one length
-live side by side, and their repeats are interleaved, so that a machine that slows down slows all of them.
+live side by side, and their repeats are interleaved, so that a machine that slows down slows all of them; on a CPU a
+control between the repeats tells when it did.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ COMPILE_GUESS_S = 1.0  # predicted for compiling a JAX program of which nothing 
 OVERTIME_S = 10.0  # what a step may take beyond the time for measuring, before it is given up
 CONTEXT_BYTES = 6 * 10**8  # that a process holds on a GPU beside its arrays
 JUDGE_S = 300.0  # limit of one float64 reference
+CONTROL_S = 20.0  # limit of one answer of the control, which gets ready while rows do
 REPEATS = 10
 LENGTH_S = 20.0
 ROOT = Path(__file__).resolve().parent.parent
@@ -144,6 +146,28 @@ class Child:
         self.process.stdout.close()
 
 
+class Control(Child):
+    """The child that times the control program; told to get ready when it is made."""
+
+    def __init__(self, threads: int, log: Path):
+        super().__init__("cpu", threads, log)
+        self.tell("control")
+        self.ready = False
+
+    def seconds(self) -> float:
+        """Of one call of the control program now.
+
+        Raises: ChildFailure where the child fails or does not answer within `CONTROL_S`.
+        """
+        replies = [] if self.ready else [self.hear(CONTROL_S)]
+        self.ready = True
+        replies.append(self.ask("control", CONTROL_S))
+        for reply in replies:
+            if not reply["ok"]:
+                raise ChildFailure(reply["status"], reply["reason"])
+        return replies[-1]["control_s"]
+
+
 @dataclasses.dataclass(eq=False)
 class Measurement:
     """A row on its way: its problem, what is known of it so far, and its process while it has one."""
@@ -217,7 +241,7 @@ class Progress:
 
 
 def describe(row: dict) -> str:
-    """One line about a finished row."""
+    """One line about a finished row, over all of its repeats."""
     short = results.summary(row)
     if short.time_ms is not None:
         error = row["error"]
@@ -262,6 +286,7 @@ class Runner:
         self.always: set[str] = set()
         self.left_out: dict[tuple[str, str], str] = {}
         chosen = settings.device
+        self.control: Control | None = None
         self.judge = self.new_child()
         try:
             found = self.judge.ask("environment", 120, device=chosen)
@@ -303,10 +328,14 @@ class Runner:
                 raise RuntimeError(f"--resume: the earlier run is not comparable with this one: {what}")
             self.results["rows"] = list(earlier["rows"])
             self.results["resumed"] = [*earlier.get("resumed", []), earlier["date"]]
+        if self.device == "cpu":
+            self.control = Control(self.threads, self.scratch / "control.log")
         self.save()
 
     def close(self) -> None:
         self.judge.close()
+        if self.control is not None:
+            self.control.close()
         for path in self.scratch.iterdir():
             path.unlink()
         self.scratch.rmdir()
@@ -461,6 +490,7 @@ class Runner:
             "traffic": None,
             "times_s": [],
             "device_times_s": [],
+            "control_s": [],
         }
 
     def refusal(self, problem: Problem) -> tuple[str, str] | None:
@@ -668,11 +698,15 @@ class Runner:
         """Round after round, one turn each, until every row has its repeats or the length's time is spent.
 
         A turn of a fast implementation takes several samples, so that rounds are not all waiting. After each
-        round the repeats so far are on the disk, as those of a run that was stopped there.
+        round the repeats so far are on the disk, as those of a run that was stopped there. On a CPU the control runs
+        between the turns; a repeat keeps the slower of the two beside it.
         """
+        if not going:
+            return
         left_s = max(0.0, self.left_s() - reserved_s - sum(self.counting_s(one.problem) for one in going))
         end = time.monotonic() + (min(self.settings.length_s, left_s / 3) if more else left_s)
         for turn in range(self.settings.repeats):
+            before_s = self.control_s()
             for one in going:
                 row = one.row
                 expected_s = min(row["times_s"], default=row["first_s"])
@@ -682,12 +716,33 @@ class Runner:
                 count = 3 if expected_s < 0.02 else 1
                 patience_s = max(FIRST_CALL_S, 20 * expected_s)
                 reply = self.step(one, lambda c=one.child, n=count, p=patience_s: c.ask("sample", p, count=n))
+                after_s = self.control_s()
                 if reply is not None:
+                    if self.device == "cpu":
+                        slower_s = None if after_s is None else max(before_s, after_s)
+                        row["control_s"] += [slower_s] * len(reply["times_s"])
                     row["times_s"] += reply["times_s"]
                     row["device_times_s"] += reply["device_times_s"]
                 elif row["times_s"]:
                     row["reason"] = f"after {len(row['times_s'])} repeats: {row['reason']}"
+                before_s = after_s
             self.save()
+
+    def control_s(self) -> float | None:
+        """Seconds of the control program now; None without one. A control that fails is not tried again: a note says
+        so, and the run goes on.
+        """
+        if self.control is None:
+            return None
+        try:
+            return self.control.seconds()
+        except ChildFailure as failure:
+            self.control.close()
+            self.control = None
+            note = f"No control from here on, so disturbed repeats count as well ({failure.status}: {failure.reason})"
+            self.results["environment"]["notes"].append(note)
+            print(f"Note: {note}")
+            return None
 
     def finish(self, one: Measurement, progress: Progress) -> None:
         """A row is final: its process ends, and it goes to the disk. Once: a second time does nothing.
@@ -735,5 +790,12 @@ def method(device: str, threads: int) -> list[str]:
         )
     else:
         lines.append(f"{threads} threads for both frameworks; a call's time is end to end, waited for.")
+        lines.append(
+            "Control: a small JAX program, whose threads hand data to each other all the time, runs between the calls "
+            "that are timed; it slows down where the host of a virtual machine moves a core to another socket, which "
+            "slows JAX's rows as well. A repeat is disturbed where the control before or after it took more than "
+            f"{results.DISTURBED:g} times the run's least: it stays in the file, but is in no median of a row with "
+            f"{results.FEWEST} or more undisturbed repeats."
+        )
         lines.append("Memory: peak resident memory above what the process held before its inputs.")
     return lines

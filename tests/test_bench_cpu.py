@@ -71,6 +71,24 @@ def test_a_ratio_is_the_median_over_pairs_of_torch_time_over_ours(example):
     assert found["window", 65536].ratio is None
 
 
+def test_a_pair_counts_where_neither_half_was_disturbed(example):
+    ours, torch = example["rows"][:2]
+    ours |= {"times_s": [0.1, 0.2, 0.1, 0.1, 0.1], "control_s": [1.0, 2.0, 1.0, 1.0, 1.0]}
+    torch |= {"times_s": [0.15, 0.2, 0.3, 0.4, 0.25], "control_s": [1.0, 1.0, 1.0, 2.0, 1.0]}
+    (pair, *_) = pairs.pairs(example)
+    assert pair.ratios == pytest.approx((1.5, 3.0, 2.5))
+    assert "| 100 | 2.50 (1.50 to 3.00) | 3 | 0.10 |" in pairs.table(example)
+    torch["control_s"][0] = 2.0  # two pairs are too few
+    (pair, *_) = pairs.pairs(example)
+    assert pair.ratios == pytest.approx((1.5, 1.0, 3.0, 4.0, 2.5))
+
+
+def test_the_time_of_a_window_is_that_of_its_undisturbed_repeats(example):
+    (short,) = [one for one in example["rows"] if one["case"] == "window" and one["keys"] == 16384]
+    short |= {"times_s": [0.05] * 3 + [0.5] * 4, "control_s": [1.0] * 3 + [2.0] * 4}
+    assert "20 times as fast" in pairs.findings(example)[0]
+
+
 def test_the_window_is_compared_with_the_causal_mask_and_with_itself(example):
     assert pairs.findings(example) == [
         "At 16384 tokens the window of 256 is 20 times as fast as the causal mask.",

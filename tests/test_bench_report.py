@@ -304,6 +304,69 @@ def test_summary_is_median_spread_and_rate():
     assert results.summary({"times_s": []}).time_ms is None
 
 
+def controlled(name, *repeats):
+    """A row of (seconds, control's seconds)."""
+    return row(name, 1024, [time_s for time_s, _ in repeats], control_s=[control_s for _, control_s in repeats])
+
+
+FAST, SLOW = (0.1, 0.007), (0.2, 0.012)
+
+
+def test_disturbed_repeats_are_in_the_file_and_in_no_figure(example, tmp_path):
+    assert [one | {"disturbed": 0, "left_out": 0} for one in example["rows"]] == results.counting(example)  # no control
+    mixed = data(
+        [
+            controlled("jaxattn-naive", (0.3, 0.009), (0.3, 0.009), (0.4, 0.009)),  # within 1.4 times the least
+            controlled("jaxattn-blockwise", SLOW, FAST, SLOW, FAST, FAST, SLOW, SLOW),
+            controlled("torch-sdpa-flash", FAST, SLOW, SLOW, FAST, SLOW),
+        ]
+    )
+    results.save(mixed, tmp_path)
+    mixed = results.load(tmp_path)
+    assert [len(one["times_s"]) for one in mixed["rows"]] == [3, 7, 5]
+    naive, ours, torch = map(results.summary, results.counting(mixed))
+    assert (naive.repeats, naive.time_ms) == (3, pytest.approx(300))
+    assert (ours.repeats, ours.time_ms, ours.high_ms) == (3, pytest.approx(100), pytest.approx(100))
+    assert (torch.repeats, torch.time_ms) == (5, pytest.approx(200))  # two undisturbed ones are too few
+    text = report.markdown(report.blocks(mixed, []))
+    assert "| jaxattn blockwise | 1024 | 100 | 100 to 100 | 3 |" in text
+    assert "for the control beside them was slow: jaxattn blockwise at 1024, 4 of 7 repeats. In the figures" in text
+    assert "fewer than 3 repeats were not: torch sdpa flash at 1024, 3 of 5 repeats." in text
+    assert "| jaxattn blockwise | 100 ms, 384 MiB |" in readme.table(mixed, "llama-3.2-1b", "x")
+    assert "disturbed" not in report.markdown(report.blocks(example, []))
+
+
+def test_the_least_control_is_that_of_all_rows():
+    mixed = data([controlled("jaxattn-naive", FAST), controlled("jaxattn-blockwise", *[SLOW] * 3)])
+    assert results.least_control_s(mixed) == 0.007
+    assert [one["disturbed"] for one in results.counting(mixed)] == [0, 3]
+    assert results.least_control_s(data([row("jaxattn-naive", 1024, (1.0,), control_s=[None])])) is None
+
+
+def test_compare_leaves_out_disturbed_repeats_and_tells_a_machine_that_differed(tmp_path, capsys):
+    a = data([controlled("jaxattn-naive", *[FAST] * 3), controlled("jaxattn-blockwise", *[FAST] * 3)])
+    b = data([controlled("jaxattn-naive", *[FAST] * 3), controlled("jaxattn-blockwise", *[FAST] * 3, *[SLOW] * 5)])
+    slow = data([controlled("jaxattn-naive", *[FAST] * 3), controlled("jaxattn-blockwise", *[FAST] * 3)])
+    for one in slow["rows"]:
+        one["control_s"] = [0.012] * 3
+    old = data([row("jaxattn-naive", 1024, (0.1,) * 3)])
+    for name, file in (("a", a), ("b", b), ("slow", slow), ("old", old)):
+        results.save(file, tmp_path / name)
+    said = {}
+    for one, two in (("a", "b"), ("a", "slow"), ("slow", "a"), ("slow", "old")):
+        assert compare.main([str(tmp_path / one), str(tmp_path / two)]) == 0
+        said[one, two] = capsys.readouterr().out
+    for pair in (("a", "b"), ("slow", "old")):
+        assert "within noise" in said[pair]
+        assert "machine" not in said[pair]
+    line = "The machine differed: its control took at least 7.0 ms in A and 12.0 ms in B, a ratio of 1.71."
+    assert said["a", "slow"].splitlines()[2] == line
+    assert "12.0 ms in A and 7.0 ms in B, a ratio of 0.58." in said["slow", "a"]
+    for pair in (("a", "slow"), ("slow", "a")):
+        assert said[pair].count("the machine differed") == 2
+        assert "within noise" not in said[pair]
+
+
 def test_compare_tells_noise_from_difference(example, tmp_path, capsys):
     other = data([one | {"times_s": [3 * t for t in one["times_s"]]} for one in example["rows"]])
     ratios = results.compare(example, other)

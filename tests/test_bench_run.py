@@ -241,6 +241,59 @@ def test_a_row_that_was_being_timed_when_the_run_was_stopped_is_measured_again(t
     assert "stopped" not in run.DONE
 
 
+def test_a_repeat_keeps_the_slower_of_the_controls_beside_it(tmp_path, monkeypatch):
+    seconds = iter([3.0, 2.0, 1.0, run.ChildFailure("crashed", "why")])
+
+    def next_control(self):
+        if isinstance(found := next(seconds), Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(run.Control, "seconds", next_control)
+    names = ("jaxattn-blockwise", "jaxattn-naive", FUNCTIONS + "right")
+    with runner(tmp_path, repeats=1, implementations=names) as one:
+        one.run([TINY])
+        data = one.results
+    assert [set(row_of(data, name)["control_s"]) for name in names] == [{3.0}, {2.0}, {None}]
+    assert "crashed: why" in data["environment"]["notes"][-1]
+
+
+def test_every_repeat_has_a_control_and_its_process_is_ended(tmp_path):
+    with runner(tmp_path, implementations=("jaxattn-blockwise", "torch-eager")) as one:
+        control = one.control
+        one.run([TINY])
+        rows = results.load(tmp_path / "run")["rows"]
+        one.control_s()
+    assert control.process.returncode == 0
+    for row in rows:
+        assert len(row["control_s"]) == len(row["times_s"]) >= 3
+        assert all(0 < seconds < run.CONTROL_S for seconds in row["control_s"])
+
+
+def test_a_control_that_does_not_start_is_noted_and_the_run_is_whole(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run.Control, "tell", lambda self, do: self.process.kill())
+    with runner(tmp_path, implementations=("jaxattn-blockwise", "torch-eager")) as one:
+        one.run([TINY])
+    data = results.load(tmp_path / "run")
+    assert [row["status"] for row in data["rows"]] == ["ok", "ok"]
+    assert all(row["control_s"] == [None] * len(row["times_s"]) for row in data["rows"])
+    assert all(results.summary(row).time_ms for row in results.counting(data))
+    (note,) = [note for note in data["environment"]["notes"] if "No control from here on" in note]
+    assert f"Note: {note}" in capsys.readouterr().out
+
+
+def test_a_child_replies_when_it_is_idle(monkeypatch):
+    used_s = iter([0.0, 0.1, 0.1, 0.2, 0.2, 0.2])  # two naps beside threads that spin, then one without
+    monkeypatch.setattr(child.time, "process_time", lambda: next(used_s))
+    child.settle()
+    assert list(used_s) == []
+    busy_s = itertools.count()
+    monkeypatch.setattr(child.time, "process_time", lambda: next(busy_s))
+    monkeypatch.setattr(child, "SETTLE_S", 0.02)
+    child.settle()  # not for ever
+    assert next(busy_s) > 2
+
+
 def test_gradients_are_judged_and_timed(tmp_path):
     with runner(tmp_path, direction="both", implementations=("jaxattn-blockwise", "torch-eager")) as one:
         one.run([TINY])
