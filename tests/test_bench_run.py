@@ -282,6 +282,15 @@ def test_a_control_that_does_not_start_is_noted_and_the_run_is_whole(tmp_path, m
     assert f"Note: {note}" in capsys.readouterr().out
 
 
+def test_the_control_is_the_faster_of_two_calls_after_one_that_warms_up(monkeypatch):
+    called, clock_s = [], iter([0.0, 5.0, 10.0, 12.0])
+    monkeypatch.setattr(child, "control_program", lambda: lambda: called.append(1))
+    monkeypatch.setattr(child.gc, "disable", lambda: None)
+    monkeypatch.setattr(child.time, "perf_counter", lambda: next(clock_s))
+    assert child.Server().control() == {"control_s": 2.0}
+    assert len(called) == 3
+
+
 def test_a_child_replies_when_it_is_idle(monkeypatch):
     used_s = iter([0.0, 0.1, 0.1, 0.2, 0.2, 0.2])  # two naps beside threads that spin, then one without
     monkeypatch.setattr(child.time, "process_time", lambda: next(used_s))
