@@ -28,7 +28,7 @@ from bench.cases import Problem
 
 DEVICE_CALLS_S = 0.02  # on a GPU, calls queued for about this long give one sample of device time
 CACHE_BYTES = 1 << 28  # with --cold, inputs rotate through at least this much memory
-IDLE_S = 0.002  # a process that uses less than a fifth of this much time on all its threads is idle
+IDLE_S = 0.005  # a process that uses less than a fifth of this much time on all its threads is idle
 SETTLE_S = 0.5  # that is waited for a process to be idle
 
 
