@@ -234,7 +234,8 @@ def differences(one: dict, two: dict) -> list[tuple[str, object, object]]:
 @dataclasses.dataclass(frozen=True)
 class Ratio:
     """One measurement in two files. ratio: time in B over time in A. noise: None where it is not known. machine: the
-    ratio of the runs' controls where it says that the machine differed, else None.
+    ratio of the runs' controls where it says that the machine differed, else None. disturbed: whether disturbed
+    repeats count in either row, for want of others.
     """
 
     row: dict
@@ -243,11 +244,14 @@ class Ratio:
     ratio: float
     noise: float | None
     machine: float | None = None
+    disturbed: bool = False
 
     @property
     def verdict(self) -> str:
         if self.machine is not None:
             return "the machine differed"
+        if self.disturbed:
+            return "disturbed"
         if self.noise is None:
             return "too few repeats to say"
         if abs(math.log(self.ratio)) <= self.noise:
@@ -273,9 +277,11 @@ def compare(a: dict, b: dict) -> list[Ratio]:
     other = {key(row): row for row in counting(b)}
     machine, ratios = machine_ratio(a, b), []
     for row in counting(a):
-        one, two = summary(row), summary(other.get(key(row), {}))
+        beside = other.get(key(row), {})
+        one, two = summary(row), summary(beside)
         if one.time_ms is None or two.time_ms is None:
             continue
         noise = None if one.noise is None or two.noise is None else one.noise + two.noise
-        ratios.append(Ratio(row, one.time_ms, two.time_ms, two.time_ms / one.time_ms, noise, machine))
+        disturbed = any(half["disturbed"] and not half["left_out"] for half in (row, beside))
+        ratios.append(Ratio(row, one.time_ms, two.time_ms, two.time_ms / one.time_ms, noise, machine, disturbed))
     return ratios

@@ -350,15 +350,26 @@ def test_compare_leaves_out_disturbed_repeats_and_tells_a_machine_that_differed(
     for one in slow["rows"]:
         one["control_s"] = [0.012] * 3
     old = data([row("jaxattn-naive", 1024, (0.1,) * 3)])
-    for name, file in (("a", a), ("b", b), ("slow", slow), ("old", old)):
+    half = data([controlled("jaxattn-naive", *[FAST] * 2, *[SLOW] * 5), controlled("jaxattn-blockwise", *[FAST] * 3)])
+    for name, file in (("a", a), ("b", b), ("slow", slow), ("old", old), ("half", half)):
         results.save(file, tmp_path / name)
     said = {}
-    for one, two in (("a", "b"), ("b", "a"), ("a", "slow"), ("slow", "a"), ("slow", "old")):
+    for one, two in (
+        ("a", "b"),
+        ("b", "a"),
+        ("a", "slow"),
+        ("slow", "a"),
+        ("slow", "old"),
+        ("a", "half"),
+        ("half", "a"),
+    ):
         assert compare.main([str(tmp_path / one), str(tmp_path / two)]) == 0
         said[one, two] = capsys.readouterr().out
     for pair, rows in ((("a", "b"), 2), (("b", "a"), 2), (("slow", "old"), 1)):
         assert said[pair].count("within noise") == rows
         assert "machine" not in said[pair]
+    for pair in (("a", "half"), ("half", "a")):  # too few undisturbed repeats in one row
+        assert [printed.split()[-1] for printed in said[pair].splitlines()[-2:]] == ["disturbed", "noise"]
     line = "The machine differed: its control took at least 7.0 ms in A and 12.0 ms in B, a ratio of 1.71."
     assert said["a", "slow"].splitlines()[2] == line
     assert "12.0 ms in A and 7.0 ms in B, a ratio of 0.58." in said["slow", "a"]
