@@ -259,6 +259,35 @@ def test_a_repeat_keeps_the_slower_of_the_controls_beside_it(tmp_path, monkeypat
     assert "crashed: why" in data["environment"]["notes"][-1]
 
 
+def test_disturbed_repeats_are_taken_again(tmp_path, monkeypatch):
+    seconds = [1.0, 1.0, *[1.0, 5.0] * 3, 1.0, 1.0]  # before and after the turn of each of five rounds
+    asked = iter(seconds)
+    monkeypatch.setattr(run.Control, "seconds", lambda self: next(asked))
+    name = FUNCTIONS + "right"
+    with runner(tmp_path, repeats=4, implementations=(name,)) as one:
+        one.run([TINY])
+        row = row_of(one.results, name)
+    assert list(asked) == []
+    turn = len(row["times_s"]) // 5
+    assert row["control_s"] == [1.0] * turn + [5.0] * 3 * turn + [1.0] * turn
+
+
+def test_an_undisturbed_moment_is_waited_for_but_not_forever(tmp_path, monkeypatch):
+    asked, slept = iter([5.0, 5.0, 1.5, 5.0, 5.0]), []
+    monkeypatch.setattr(run.Control, "seconds", lambda self: next(asked))
+    monkeypatch.setattr(run.time, "sleep", slept.append)
+    with runner(tmp_path) as one:
+        assert one.calm(60)[0] == 5.0  # with nothing to compare with
+        one.results["rows"] = [{"control_s": [1.0, 9.0]}]
+        seconds, left_s = one.calm(60)
+        assert (seconds, len(slept)) == (1.5, 1)
+        assert 0 < left_s < 60
+        assert one.calm(-1) == (5.0, 0.0)
+        assert len(slept) == 1
+        one.results["rows"] = []
+        monkeypatch.undo()  # ending the processes sleeps, too
+
+
 def test_every_repeat_has_a_control_and_its_process_is_ended(tmp_path):
     with runner(tmp_path, implementations=("jaxattn-blockwise", "torch-eager")) as one:
         control = one.control
@@ -443,8 +472,9 @@ def test_cold_inputs_rotate_through_more_than_a_cache(tmp_path):
     assert len(pointers) == len(session.rotated)
     called = []
     session.call, session.wait = called.append, lambda outputs: outputs
-    server.sample(2)
-    server.sample(2)  # a second turn goes on where the first ended
+    assert len(server.sample(1)["times_s"]) == len(called) == 1
+    assert len(server.sample(2)["times_s"]) == len(called) - 2 == 2  # one call more, which is not counted
+    server.sample(2)  # a further turn goes on where the last one ended
     session.problem = dataclasses.replace(problem, device="cuda")  # there, calls are also queued
     assert len(server.sample(2)["device_times_s"]) == 2
     assert len(called) > 2 * len(session.rotated)
