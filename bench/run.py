@@ -38,7 +38,7 @@ OVERTIME_S = 10.0  # what a step may take beyond the time for measuring, before 
 CONTEXT_BYTES = 6 * 10**8  # that a process holds on a GPU beside its arrays
 JUDGE_S = 300.0  # limit of one float64 reference
 CONTROL_S = 20.0  # limit of one answer of the control, which gets ready while rows do
-PATIENCE_S = 60.0  # that is waited for an undisturbed moment at one length, and at most a fifth of the length's time
+PATIENCE_S = 30.0  # for waiting and repeating where one length is disturbed, and at most a fifth of the length's time
 REPEATS = 10
 LENGTH_S = 20.0
 ROOT = Path(__file__).resolve().parent.parent
@@ -700,19 +700,21 @@ class Runner:
 
         A turn of a fast implementation takes several samples, so that rounds are not all waiting. After each
         round the repeats so far are on the disk, as those of a run that was stopped there. On a CPU the control runs
-        between the turns; a repeat keeps the slower of the two beside it. For those that were disturbed there are as
-        many rounds again, and before each round an undisturbed moment is waited for.
+        between the turns; a repeat keeps the slower of the two beside it. Where some were disturbed there are up to as
+        many rounds again, and before each round an undisturbed moment is waited for, both within `PATIENCE_S`.
         """
         if not going:
             return
         left_s = max(0.0, self.left_s() - reserved_s - sum(self.counting_s(one.problem) for one in going))
         end = time.monotonic() + (min(self.settings.length_s, left_s / 3) if more else left_s)
-        patience_s = min(PATIENCE_S, (end - time.monotonic()) / 5)
+        spare_s = min(PATIENCE_S, (end - time.monotonic()) / 5)
         for turn in range(2 * self.settings.repeats):
-            if turn >= self.settings.repeats and not any(self.lacks_repeats(one.row) for one in going):
+            again = turn >= self.settings.repeats
+            if again and (spare_s <= 0 or not any(self.lacks_repeats(one.row) for one in going)):
                 break
             progress.say(f"{going[0].row['case']} {going[0].row['keys']}: waiting for an undisturbed moment")
-            before_s, patience_s = self.calm(patience_s)
+            before_s, spare_s = self.calm(spare_s)
+            start = time.monotonic()
             for one in going:
                 row = one.row
                 expected_s = min(row["times_s"], default=row["first_s"])
@@ -732,6 +734,8 @@ class Runner:
                 elif row["times_s"]:
                     row["reason"] = f"after {len(row['times_s'])} repeats: {row['reason']}"
                 before_s = after_s
+            if again:
+                spare_s -= time.monotonic() - start
             self.save()
 
     def lacks_repeats(self, row: dict) -> bool:

@@ -272,6 +272,19 @@ def test_disturbed_repeats_are_taken_again(tmp_path, monkeypatch):
     assert row["control_s"] == [1.0] * turn + [5.0] * 3 * turn + [1.0] * turn
 
 
+def test_what_disturbance_may_cost_is_limited(tmp_path, monkeypatch):
+    spare = []
+    monkeypatch.setattr(run.Control, "seconds", lambda self: 5.0)
+    monkeypatch.setattr(run.Runner, "least_control_s", lambda self: 1.0)
+    monkeypatch.setattr(run.Runner, "calm", lambda self, left_s: spare.append(left_s) or (self.control_s(), left_s - 3))
+    monkeypatch.setattr(run, "PATIENCE_S", 8.0)
+    name = FUNCTIONS + "right"
+    with runner(tmp_path, repeats=2, implementations=(name,), length_s=100.0, total_s=400.0) as one:
+        one.run([TINY])
+        assert set(row_of(one.results, name)["control_s"]) == {5.0}
+    assert [round(left_s) for left_s in spare] == [8, 5, 2]  # two rounds, and one more; then nothing is left
+
+
 def test_an_undisturbed_moment_is_waited_for_but_not_forever(tmp_path, monkeypatch):
     asked, slept = iter([5.0, 5.0, 1.5, 5.0, 5.0]), []
     monkeypatch.setattr(run.Control, "seconds", lambda self: next(asked))
