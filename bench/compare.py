@@ -1,6 +1,7 @@
 """`python -m bench compare A.json B.json`: ratios of two runs, and which of them are within noise.
 
-Design fact: the noise of a ratio is the sum of what both rows showed themselves, over their own repeats.
+Design fact: the noise of a ratio is the sum of what both rows showed themselves, over their own repeats: how one
+repeat varies, or how well so many of them know their median, whichever is more, each row towards the other.
 """
 
 from __future__ import annotations

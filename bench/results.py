@@ -46,17 +46,17 @@ class Summary:
     """What a table shows of one row; None where it was not measured.
 
     time_ms: median end to end (call and wait). device_ms: median per call of queued calls, GPU only.
-    low_ms, high_ms: the fastest and slowest repeat. noise: half the distance of the quartiles, relative to
-    the median, at least `SMALLEST_NOISE`; None with fewer than three repeats: that of one repeat, which is more than
-    the median's where there are many, and knows nothing of what lasts for the whole run. tflops: by device time where
-    there is one, else by end-to-end time.
+    low_ms, high_ms: the fastest and slowest repeat. noise: how far below and above it another run's median may lie, as
+    logarithms of ratios: to the quartiles, for machines drift, or to the ends of the `median_interval`, for repeats may
+    be few and scatter, whichever is farther, at least `SMALLEST_NOISE`; None with fewer than three repeats. It knows
+    nothing of what lasts for the whole run. tflops: by device time where there is one, else by end-to-end time.
     """
 
     time_ms: float | None
     device_ms: float | None
     low_ms: float | None
     high_ms: float | None
-    noise: float | None
+    noise: tuple[float, float] | None
     repeats: int
     tflops: float | None
 
@@ -84,7 +84,9 @@ def summary(row: dict) -> Summary:
     noise = None
     if len(times) >= 3:
         first, _, third = statistics.quantiles(times, n=4, method="inclusive")
-        noise = max(SMALLEST_NOISE, (third - first) / 2 / median)
+        low, high = median_interval(times)
+        below, above = math.log(median / min(first, low)), math.log(max(third, high) / median)
+        noise = max(SMALLEST_NOISE, below), max(SMALLEST_NOISE, above)
     return Summary(
         time_ms=median * 1e3,
         device_ms=None if device is None else device * 1e3,
@@ -94,6 +96,21 @@ def summary(row: dict) -> Summary:
         repeats=len(times),
         tflops=row["flops"] / (device or median) / 1e12,
     )
+
+
+def median_interval(times: list[float]) -> tuple[float, float]:
+    """The 95% confidence interval of the median, from the repeats alone: all of them up to eight.
+
+    Of n repeats k or fewer lie on one side of the median with the binomial's probability, whatever they scatter like.
+
+    >>> median_interval([5.0, 3.0, 1.0, 4.0, 2.0, 9.0, 6.0, 8.0, 7.0])
+    (2.0, 8.0)
+    """
+    count, outside = len(times), 0
+    while 2 * sum(math.comb(count, k) for k in range(outside + 2)) <= 0.05 * 2**count:
+        outside += 1
+    ordered = sorted(times)
+    return ordered[outside], ordered[-1 - outside]
 
 
 def least_control_s(data: dict) -> float | None:
@@ -272,7 +289,7 @@ def machine_ratio(a: dict, b: dict) -> float | None:
 def compare(a: dict, b: dict) -> list[Ratio]:
     """Ratios of the measurements that both files hold, in the order of A, over the repeats that count.
 
-    The noise of a ratio is the sum of both rows' noise.
+    The noise of a ratio is the sum of both rows' noise, each towards the other.
     """
     other = {key(row): row for row in counting(b)}
     machine, ratios = machine_ratio(a, b), []
@@ -281,7 +298,10 @@ def compare(a: dict, b: dict) -> list[Ratio]:
         one, two = summary(row), summary(beside)
         if one.time_ms is None or two.time_ms is None:
             continue
-        noise = None if one.noise is None or two.noise is None else one.noise + two.noise
+        noise = None
+        if one.noise and two.noise:
+            towards = int(two.time_ms > one.time_ms)
+            noise = one.noise[towards] + two.noise[1 - towards]
         disturbed = any(half["disturbed"] and not half["left_out"] for half in (row, beside))
         ratios.append(Ratio(row, one.time_ms, two.time_ms, two.time_ms / one.time_ms, noise, machine, disturbed))
     return ratios

@@ -299,7 +299,11 @@ def test_summary_is_median_spread_and_rate():
     assert short.time_ms == 200
     assert (short.low_ms, short.high_ms, short.repeats) == (100, 400, 5)
     assert short.tflops == pytest.approx(5.0)
-    assert short.noise == pytest.approx(0.05 / 0.2)
+    assert short.noise == pytest.approx((math.log(0.2 / 0.1), math.log(0.4 / 0.2)))  # five repeats know no better
+    calm = results.summary({"times_s": [0.2] * 8 + [0.21, 0.3, 0.1], "flops": 1e12})
+    assert calm.noise == pytest.approx((results.SMALLEST_NOISE, results.SMALLEST_NOISE))
+    drift = results.summary({"times_s": [0.2] * 200 + [0.3] * 200 + [0.25], "flops": 1e12})
+    assert drift.noise == pytest.approx((math.log(0.25 / 0.2), math.log(0.3 / 0.25)))  # quartiles do not shrink
     assert results.summary({"times_s": [1.0], "device_times_s": [0.5], "flops": 1e12}).tflops == pytest.approx(2.0)
     assert results.summary({"times_s": []}).time_ms is None
 
@@ -350,7 +354,7 @@ def test_compare_leaves_out_disturbed_repeats_and_tells_a_machine_that_differed(
     for one in slow["rows"]:
         one["control_s"] = [0.012] * 3
     old = data([row("jaxattn-naive", 1024, (0.1,) * 3)])
-    half = data([controlled("jaxattn-naive", *[FAST] * 2, *[SLOW] * 5), controlled("jaxattn-blockwise", *[FAST] * 3)])
+    half = data([controlled("jaxattn-naive", *[FAST] * 2, *[SLOW] * 12), controlled("jaxattn-blockwise", *[FAST] * 3)])
     for name, file in (("a", a), ("b", b), ("slow", slow), ("old", old), ("half", half)):
         results.save(file, tmp_path / name)
     said = {}
@@ -376,6 +380,14 @@ def test_compare_leaves_out_disturbed_repeats_and_tells_a_machine_that_differed(
     for pair in (("a", "slow"), ("slow", "a")):
         assert said[pair].count("the machine differed") == 2
         assert "within noise" not in said[pair]
+
+
+def test_rows_whose_medians_may_be_one_are_within_noise():
+    scattered = data([row("jaxattn-naive", 1024, (0.38, 0.39, 0.506, 0.595, 0.619, 0.655))])
+    near = data([row("jaxattn-naive", 1024, (0.367, 0.374, 0.38, 0.435, 0.377, 0.379, 0.39, 0.382))])
+    far = data([row("jaxattn-naive", 1024, (0.1, 0.11, 0.1, 0.12, 0.1, 0.11))])
+    verdicts = [results.compare(a, b)[0].verdict for a, b in itertools.permutations((scattered, near, far), 2)]
+    assert verdicts == ["within noise", "faster", "within noise", "faster", "slower", "slower"]
 
 
 def test_compare_tells_noise_from_difference(example, tmp_path, capsys):
