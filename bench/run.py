@@ -712,7 +712,8 @@ class Runner:
             again = turn >= self.settings.repeats
             if again and (spare_s <= 0 or not any(self.lacks_repeats(one.row) for one in going)):
                 break
-            progress.say(f"{going[0].row['case']} {going[0].row['keys']}: waiting for an undisturbed moment")
+            if self.control is not None:
+                progress.say(f"{going[0].row['case']} {going[0].row['keys']}: looking for an undisturbed moment")
             before_s, spare_s = self.calm(spare_s)
             start = time.monotonic()
             for one in going:
